@@ -1,0 +1,253 @@
+"""How YAML and the command line become a run.
+
+A run is a recipe (``yamls/<recipe>.yaml``) or five group choices (``model=… training=… data=… distributed=…
+logging=…``), composed by Hydra, then ``key.path=value`` overrides, all checked against ``cheaper.config``.
+Nothing else in the package reads the run's YAML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cheaper.config import RunConfig, parse_count, parse_warmup
+from cheaper.errors import UserError, did_you_mean
+
+GROUPS = ("model", "training", "data", "distributed", "logging")
+DEFAULT_CHOICES = {"distributed": "single_gpu", "logging": "console"}
+Problem = tuple[str, str]  # (dotted key, what is wrong with it)
+
+
+def yaml_dir() -> Path:
+    """Folder of the recipes and groups: inside the installed package, or at the top of a checkout."""
+    packaged = Path(__file__).parent / "yamls"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "yamls"
+
+
+def load_config(args: Sequence[str]) -> RunConfig:
+    """Composes a run from ``[recipe.yaml] [group=choice …] [key.path=value …]`` and checks it.
+
+    Raises:
+        UserError: One line per mistake, each naming the key, its value, where it was written and what was expected.
+    """
+    recipe, choices, overrides = _split(args)
+    tree, files = _compose(recipe, choices)
+    origins: dict[str, str] = {}
+    for key, value in overrides:
+        _assign(tree, key, value)
+        origins[key] = "the command line"
+
+    def origin(key: str) -> str:
+        given = [name for name in origins if key == name or key.startswith(name + ".")]
+        return origins[given[0]] if given else files.get(key.split(".")[0], files["run"])
+
+    _raise_all(_unknown_keys(tree, RunConfig), origin)
+    config, errors = _typed(tree)
+    _raise_all(errors, origin)
+    _raise_all(_out_of_range(config), origin)
+    _raise_all(_impossible(config), origin)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved run as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ``(dotted key, value)`` for every leaf of a nested dict."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def _raise_all(problems: list[Problem], origin: typing.Callable[[str], str]) -> None:
+    if problems:
+        raise UserError("\n".join(f"{key} {text} ({origin(key)})" for key, text in problems))
+
+
+def _split(args: Sequence[str]) -> tuple[Path | None, dict[str, str], list[tuple[str, Any]]]:
+    recipe, choices, overrides = None, {}, []
+    for position, arg in enumerate(args):
+        key, equals, value = arg.partition("=")
+        if not equals:
+            if position or not arg.endswith((".yaml", ".yml")):
+                raise UserError(f"argument {arg}: expected key=value, or first a recipe (.yaml)")
+            recipe = Path(arg)
+            if not recipe.is_file():
+                known = sorted(path.name for path in yaml_dir().glob("*.yaml"))
+                raise UserError(f"recipe {arg}: no such file{did_you_mean(recipe.name, known)}")
+        elif key in GROUPS:
+            choices[key] = value
+        else:
+            try:
+                overrides.append((key, yaml.safe_load(value)))
+            except yaml.YAMLError:
+                raise UserError(f"argument {arg}: the value is not valid YAML") from None
+    return recipe, choices, overrides
+
+
+def _compose(recipe: Path | None, choices: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the composed tree, and for each group (and ``"run"``) the file its values come from."""
+    folder = recipe.parent.resolve() if recipe else yaml_dir()
+    picked = _defaults_of(recipe) if recipe else {}
+    choices = {**({} if recipe else DEFAULT_CHOICES), **choices}
+    files = {"run": str(recipe) if recipe else "the command line"}
+    for group, choice in {**picked, **choices}.items():
+        found = [base / group / f"{choice}.yaml" for base in (folder, yaml_dir())]
+        existing = [path for path in found if path.is_file()]
+        if not existing:
+            known = {path.stem for base in (folder, yaml_dir()) for path in (base / group).glob("*.yaml")}
+            where = "the command line" if group in choices else str(recipe)
+            raise UserError(f"{group}={choice} ({where}): no such {group}{did_you_mean(choice, known)}")
+        files[group] = _shown(existing[0])
+    missing = [group for group in GROUPS if group not in files]
+    if missing:
+        known = sorted(path.stem for path in (yaml_dir() / missing[0]).glob("*.yaml"))
+        raise UserError(f"no {missing[0]} is chosen: add {missing[0]}=…, one of {', '.join(known)}")
+    selection = [f"{'' if group in picked else '+'}{group}={choice}" for group, choice in choices.items()]
+    if folder != yaml_dir():
+        selection.append(f"hydra.searchpath=[file://{yaml_dir()}]")
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(version_base=None, config_dir=str(folder)):
+            composed = hydra.compose(config_name=recipe.stem if recipe else None, overrides=selection)
+        return OmegaConf.to_container(composed), files
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(f"{files['run']}: {' '.join(str(error).split())}") from None
+
+
+def _defaults_of(recipe: Path) -> dict[str, str]:
+    try:
+        tree = yaml.safe_load(recipe.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
+    entries = tree.get("defaults", []) if isinstance(tree, dict) else []
+    return {group: choice for entry in entries if isinstance(entry, dict) for group, choice in entry.items()}
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(tree.get(parent), dict):
+            tree[parent] = {}
+        tree = tree[parent]
+    tree[last] = value
+
+
+def _unknown_keys(tree: Any, schema: Any, path: str = "") -> list[Problem]:
+    if typing.get_origin(schema) is dict:
+        element = typing.get_args(schema)[1]
+        if not isinstance(tree, dict):
+            return [(path, f"is {tree!r}: expected a section of names, each with {', '.join(_types(element))}")]
+        return [p for key, value in tree.items() for p in _unknown_keys(value, element, f"{path}.{key}")]
+    if not dataclasses.is_dataclass(schema):
+        return []
+    if not isinstance(tree, dict):
+        return [(path, f"is {tree!r}: expected a section with {', '.join(_types(schema))}")]
+    problems: list[Problem] = []
+    for key, value in tree.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key in _types(schema):
+            problems += _unknown_keys(value, _types(schema)[key], full)
+        else:
+            problems.append((full, f"is not a key{did_you_mean(str(key), _types(schema))}"))
+    return problems
+
+
+def _dict_elements(tree: Any, schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the key and class of every section that the YAML names freely, such as one stream."""
+    for key, expected in _types(schema).items() if isinstance(tree, dict) else ():
+        full = f"{path}.{key}" if path else key
+        if dataclasses.is_dataclass(expected):
+            yield from _dict_elements(tree.get(key), expected, full)
+        elif typing.get_origin(expected) is dict:
+            yield from ((f"{full}.{name}", typing.get_args(expected)[1]) for name in tree.get(key) or ())
+
+
+def _types(schema: Any) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
+def _typed(tree: dict[str, Any]) -> tuple[RunConfig, list[Problem]]:
+    config = OmegaConf.structured(RunConfig)
+    for key, schema in _dict_elements(tree, RunConfig):
+        OmegaConf.update(config, key, schema())
+    problems: list[Problem] = []
+    for key, value in leaves(tree):
+        try:
+            OmegaConf.update(config, key, value)
+        except OmegaConfBaseException as error:
+            problems.append((key, f"is {value!r}: {str(error).splitlines()[0]}"))
+    if problems:
+        return None, problems  # type: ignore[return-value]
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            return None, [(key, "has no value: it must be given") for key in missing]  # type: ignore[return-value]
+        OmegaConf.resolve(config)
+        return OmegaConf.to_object(config), []
+    except OmegaConfBaseException as error:
+        return None, [(error.full_key or "run_name", f"does not resolve: {str(error).splitlines()[0]}")]  # type: ignore
+
+
+def _out_of_range(config: Any, path: str = "") -> list[Problem]:
+    problems: list[Problem] = []
+    if isinstance(config, dict):
+        for key, value in config.items():
+            problems += _out_of_range(value, f"{path}.{key}")
+    elif dataclasses.is_dataclass(config):
+        for spec in dataclasses.fields(config):
+            value, key = getattr(config, spec.name), f"{path}.{spec.name}" if path else spec.name
+            problems += _out_of_range(value, key)
+            if "min" in spec.metadata and not value >= spec.metadata["min"]:
+                problems.append((key, f"is {value}: expected a number ≥ {spec.metadata['min']}"))
+            if "above" in spec.metadata and not value > spec.metadata["above"]:
+                problems.append((key, f"is {value}: expected a number > {spec.metadata['above']}"))
+            if "choices" in spec.metadata and value not in spec.metadata["choices"]:
+                problems.append((key, f"is {value}: expected one of {', '.join(spec.metadata['choices'])}"))
+    return problems
+
+
+def _impossible(config: RunConfig) -> list[Problem]:
+    """Combinations that no value on its own gives away."""
+    model, stage, data = config.model, config.training.stage, config.data
+    problems: list[Problem] = []
+    for key, parse, value in (
+        ("training.stage.tokens", parse_count, stage.tokens),
+        ("training.stage.warmup", parse_warmup, stage.warmup),
+    ):
+        try:
+            parse(value)
+        except ValueError as error:
+            problems.append((key, f"is {value}: {error}"))
+    if model.num_heads % model.num_kv_heads:
+        fitting = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
+        text = f"is {model.num_heads}: expected a multiple of model.num_kv_heads={model.num_kv_heads}"
+        problems.append(("model.num_heads", f"{text}; with {model.num_heads} heads that is one of {fitting}"))
+    if model.head_dim % 2:
+        problems.append(("model.head_dim", f"is {model.head_dim}: expected an even number (rotary positions)"))
+    if stage.sequence_length > model.max_position_embeddings:
+        limit = f"expected at most model.max_position_embeddings={model.max_position_embeddings}"
+        problems.append(("training.stage.sequence_length", f"is {stage.sequence_length}: {limit}"))
+    if not data.streams:
+        problems.append(("data.streams", "is empty: expected at least one stream"))
+    elif not any(stream.proportion > 0 for stream in data.streams.values()):
+        problems.append(("data.streams", "has only proportions of 0: expected at least one above 0"))
+    return problems
