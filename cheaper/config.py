@@ -68,7 +68,7 @@ class StageConfig:
 class SamplesConfig:
     """Text that the model continues at each checkpoint."""
 
-    prompts: List[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     max_new_tokens: int = at_least(1, default=48)
 
 
@@ -76,9 +76,9 @@ class SamplesConfig:
 class ExpectedConfig:
     """What the recipe is expected to reach with one model."""
 
-    loss: Optional[float] = None
-    perplexity: Optional[float] = None
-    tokens_per_second_per_gpu: Optional[float] = None
+    loss: float | None = None
+    perplexity: float | None = None
+    tokens_per_second_per_gpu: float | None = None
 
 
 @dataclass
@@ -87,23 +87,23 @@ class TrainingConfig:
     stage: StageConfig = field(default_factory=StageConfig)
     seed: int = at_least(0, default=17)
     precision: str = one_of("bf16", "fp32")
-    checkpoint_path: Optional[str] = None  # weights to start from, or with resume=true the checkpoint to go on from
+    checkpoint_path: str | None = None  # weights to start from, or with resume=true the checkpoint to go on from
     resume: bool = False
     checkpoint_dir: str = "runs/${run_name}"  # everything the run writes
     checkpoint_interval: int = at_least(1, default=1000)  # steps
     keep_checkpoints: int = at_least(1, default=3)  # the newest ones; older files are deleted
     samples: SamplesConfig = field(default_factory=SamplesConfig)
-    expected: Dict[str, ExpectedConfig] = field(default_factory=dict)  # by model name
+    expected: dict[str, ExpectedConfig] = field(default_factory=dict)  # by model name
 
 
 @dataclass
 class SourceConfig:
     """Where the raw rows of one stream come from: exactly one of ``path`` and ``dataset``."""
 
-    path: Optional[str] = None  # file, folder or glob: JSONL (.gz .zst .bz2), Parquet, text
-    dataset: Optional[str] = None  # Hugging Face dataset id
-    subset: Optional[str] = None  # its configuration name
-    data_dir: Optional[str] = None  # folder inside the dataset repository
+    path: str | None = None  # file, folder or glob: JSONL (.gz .zst .bz2), Parquet, text
+    dataset: str | None = None  # Hugging Face dataset id
+    subset: str | None = None  # its configuration name
+    data_dir: str | None = None  # folder inside the dataset repository
     split: str = "train"
 
 
@@ -124,7 +124,7 @@ class DataConfig:
     cache: str = "data/cache"  # where shards of a remote root are kept on this machine
     tokenizer: str = "???"  # folder, hub id or tiktoken .model file
     trust_remote_code: bool = False  # let a tokenizer from the hub run its own code
-    streams: Dict[str, StreamConfig] = field(default_factory=dict)
+    streams: dict[str, StreamConfig] = field(default_factory=dict)
     intra_document_attention: bool = False  # keep attention and positions inside each document of a row
     shuffle: bool = True
     num_workers: int = at_least(0, default=2)  # loader processes per device
@@ -140,7 +140,7 @@ class DistributedConfig:
 class WandBConfig:
     enabled: bool = False
     project: str = "cheapertraining"
-    run_name: Optional[str] = None
+    run_name: str | None = None
 
 
 @dataclass
@@ -149,7 +149,7 @@ class LoggingConfig:
     interval: int = at_least(1, default=10)  # steps between two records of metrics
     tensorboard: bool = False
     wandb: WandBConfig = field(default_factory=WandBConfig)
-    price_per_gpu_hour: Optional[float] = None  # in your currency; adds the cost to the end of the run
+    price_per_gpu_hour: float | None = None  # in your currency; adds the cost to the end of the run
 
 
 @dataclass
