@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,18 @@ def yaml_dir() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / "yamls"
 
 
-def load_config(args: Sequence[str]) -> RunConfig:
+def load_config(args: Sequence[str], defaults: Mapping[str, str] = DEFAULT_CHOICES) -> RunConfig:
     """Composes a run from ``[recipe.yaml] [group=choice …] [key.path=value …]`` and checks it.
+
+    Args:
+        args: As on the command line.
+        defaults: The choices of groups that are not named, where there is no recipe.
 
     Raises:
         UserError: One line per mistake, each naming the key, its value, where it was written and what was expected.
     """
     recipe, choices, overrides = _split(args)
-    tree, files = _compose(recipe, choices)
+    tree, files = _compose(recipe, choices if recipe else {**defaults, **choices})
     origins: dict[str, str] = {}
     for key, value in overrides:
         _assign(tree, key, value)
@@ -101,41 +105,39 @@ def _split(args: Sequence[str]) -> tuple[Path | None, dict[str, str], list[tuple
 
 def _compose(recipe: Path | None, choices: dict[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns the composed tree, and for each group (and ``"run"``) the file its values come from."""
+    written_in = str(recipe) if recipe else "the command line"
     folder = recipe.parent.resolve() if recipe else yaml_dir()
-    picked = _defaults_of(recipe) if recipe else {}
-    choices = {**({} if recipe else DEFAULT_CHOICES), **choices}
-    files = {"run": str(recipe) if recipe else "the command line"}
+    picked = _hydra(folder, recipe, [])[1] if recipe else {}
+    files = {"run": written_in}
     for group, choice in {**picked, **choices}.items():
-        found = [base / group / f"{choice}.yaml" for base in (folder, yaml_dir())]
-        existing = [path for path in found if path.is_file()]
+        candidates = [base / group / f"{choice}.yaml" for base in (folder, yaml_dir())]
+        existing = [path for path in candidates if path.is_file()]
         if not existing:
             known = {path.stem for base in (folder, yaml_dir()) for path in (base / group).glob("*.yaml")}
-            where = "the command line" if group in choices else str(recipe)
-            raise UserError(f"{group}={choice} ({where}): no such {group}{did_you_mean(choice, known)}")
+            raise UserError(f"{group}={choice} (the command line): no such {group}{did_you_mean(choice, known)}")
         files[group] = _shown(existing[0])
     missing = [group for group in GROUPS if group not in files]
     if missing:
         known = sorted(path.stem for path in (yaml_dir() / missing[0]).glob("*.yaml"))
         raise UserError(f"no {missing[0]} is chosen: add {missing[0]}=…, one of {', '.join(known)}")
     selection = [f"{'' if group in picked else '+'}{group}={choice}" for group, choice in choices.items()]
+    return _hydra(folder, recipe, selection)[0], files
+
+
+def _hydra(folder: Path, recipe: Path | None, selection: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Composes with Hydra; returns the tree and the choice made in each group."""
     if folder != yaml_dir():
-        selection.append(f"hydra.searchpath=[file://{yaml_dir()}]")
+        selection = [*selection, f"hydra.searchpath=[file://{yaml_dir()}]"]
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(version_base=None, config_dir=str(folder)):
-            composed = hydra.compose(config_name=recipe.stem if recipe else None, overrides=selection)
-        return OmegaConf.to_container(composed), files
+            composed = hydra.compose(recipe.stem if recipe else None, selection, return_hydra_config=True)
+        made = {group: choice for group, choice in composed.hydra.runtime.choices.items() if group in GROUPS}
+        OmegaConf.set_struct(composed, False)
+        del composed["hydra"]
+        return OmegaConf.to_container(composed), made
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"{files['run']}: {' '.join(str(error).split())}") from None
-
-
-def _defaults_of(recipe: Path) -> dict[str, str]:
-    try:
-        tree = yaml.safe_load(recipe.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{recipe}: not valid YAML: {' '.join(str(error).split())}") from None
-    entries = tree.get("defaults", []) if isinstance(tree, dict) else []
-    return {group: choice for entry in entries if isinstance(entry, dict) for group, choice in entry.items()}
+        raise UserError(f"{recipe or 'the command line'}: {' '.join(str(error).split())}") from None
 
 
 def _shown(path: Path) -> str:

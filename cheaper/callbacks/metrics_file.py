@@ -1,0 +1,56 @@
+"""``metrics.jsonl``: one line of JSON per record of metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+
+OWN = ("train/", "data/", "system/", "eval/", "time/hours_left", "cost/")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, without a last line that a kill cut short."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class MetricsFile(LoggerDestination):
+    """Writes ``{"step", "tokens", metric: value, …}`` per record, on rank 0.
+
+    When a run resumes, the records after its checkpoint are dropped: they are made again.
+
+    Args:
+        path: The file; it is continued if it exists.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._pending: dict[str, Any] = {}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            kept = [record for record in read_metrics(self.path) if record["step"] <= int(state.timestamp.batch)]
+            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self._pending.update({name: value for name, value in metrics.items() if name.startswith(OWN)})
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        self._write(state)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        self._write(state)
+
+    def _write(self, state: State) -> None:
+        if self._pending and dist.get_global_rank() == 0:
+            position = {"step": int(state.timestamp.batch), "tokens": int(state.timestamp.token)}
+            with open(self.path, "a") as file:
+                file.write(json.dumps({**position, **self._pending}) + "\n")
+        self._pending = {}

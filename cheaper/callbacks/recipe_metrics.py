@@ -1,0 +1,117 @@
+"""The metrics of a recipe under the names that the specification fixes."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from cheaper.algorithms.gradient_clipping import GradientClipping
+
+
+class RecipeMetrics(Callback):
+    """Logs every ``interval`` steps, each figure over the steps since the last record.
+
+    ``train/loss`` is the mean cross-entropy per target in nats, ``train/accuracy`` the share of targets that are the
+    most likely word, ``train/perplexity`` exp(loss); ``train/learning_rate`` and ``train/grad_norm`` (before clipping)
+    are those of the last step; ``train/tokens_per_second`` counts all devices; ``train/mfu`` is the share of the peak;
+    ``data/tokens/<stream>`` counts tokens since the start of the run, ``data/share/<stream>`` their share;
+    ``time/hours_left`` and ``cost/left`` extrapolate the record's speed; ``system/gpu_memory`` is the peak in GiB.
+
+    Args:
+        streams: Names of the streams, in the order of the batches' ``stream``.
+        interval: Steps between two records.
+        flops_per_token: Forward and backward, see ``cheaper.flops``.
+        peak_flops: FLOP/s of one device.
+        clipping: The run's gradient clipping, for the norm.
+        price_per_gpu_hour: Price of one device for one hour.
+    """
+
+    def __init__(
+        self,
+        streams: list[str],
+        interval: int,
+        flops_per_token: float,
+        peak_flops: float,
+        clipping: GradientClipping,
+        price_per_gpu_hour: float | None = None,
+    ):
+        self.streams, self.interval = streams, interval
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.clipping, self.price_per_gpu_hour = clipping, price_per_gpu_hour
+        self.stream_tokens = torch.zeros(len(streams), dtype=torch.int64)  # all ranks, up to the last record
+        self._new_stream_tokens = torch.zeros_like(self.stream_tokens)  # this rank, since then
+        self._sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, targets of this rank since the last record
+        self._learning_rate = 0.0
+        self._clock = (0.0, 0)  # seconds and tokens at the last record
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._sums = state.device.tensor_to_device(self._sums.float())
+        self._clock = (time.perf_counter(), int(state.timestamp.token))
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self._learning_rate = state.schedulers[0].get_last_lr()[0]
+        self._new_stream_tokens.index_add_(0, state.batch["stream"], state.batch["row_tokens"])
+
+    def after_forward(self, state: State, logger: Logger) -> None:
+        out = state.outputs
+        # Stays on the device: reading it here would make the device wait in every micro-batch.
+        self._sums += torch.stack([out.loss_sum.detach(), out.num_correct, out.num_targets]).to(self._sums)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        finished = state.timestamp >= state.max_duration
+        if int(state.timestamp.batch) % self.interval == 0 or finished:
+            logger.log_metrics(self._record(state))
+
+    def _record(self, state: State) -> dict[str, float]:
+        dist.all_reduce(self._sums)
+        loss_sum, correct, targets = self._sums.tolist()
+        self._sums.zero_()
+        self._add_stream_tokens(state)
+        now, tokens = time.perf_counter(), int(state.timestamp.token)
+        speed = (tokens - self._clock[1]) / (now - self._clock[0])
+        self._clock = (now, tokens)
+        loss = loss_sum / max(targets, 1)
+        hours_left = max(0, int(state.max_duration) - tokens) / speed / 3600
+        record = {
+            "train/loss": loss,
+            "train/accuracy": correct / max(targets, 1),
+            "train/perplexity": math.exp(min(loss, 700)),
+            "train/learning_rate": self._learning_rate,
+            "train/grad_norm": float(self.clipping.norm),
+            "train/tokens_per_second": speed,
+            "train/mfu": speed * self.flops_per_token / (self.peak_flops * dist.get_world_size()),
+            "time/hours_left": hours_left,
+        }
+        if self.price_per_gpu_hour is not None:
+            record["cost/left"] = hours_left * dist.get_world_size() * self.price_per_gpu_hour
+        if torch.cuda.is_available():
+            record["system/gpu_memory"] = torch.cuda.max_memory_allocated() / 2**30
+        total = max(int(self.stream_tokens.sum()), 1)
+        for name, count in zip(self.streams, self.stream_tokens.tolist(), strict=True):
+            record[f"data/tokens/{name}"] = count
+            record[f"data/share/{name}"] = count / total
+        return record
+
+    def _add_stream_tokens(self, state: State) -> None:
+        counts = state.device.tensor_to_device(self._new_stream_tokens.clone())
+        dist.all_reduce(counts)
+        self.stream_tokens += counts.cpu()
+        self._new_stream_tokens.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        # Rank 0 writes the checkpoint, and this is called on every rank: sum over ranks what it must remember.
+        sums, tokens = self._sums.clone(), self._new_stream_tokens.to(self._sums.device, copy=True)
+        dist.all_reduce(sums)
+        dist.all_reduce(tokens)
+        return {"sums": sums.cpu(), "stream_tokens": self.stream_tokens + tokens.cpu(), "streams": self.streams}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream_tokens = state["stream_tokens"]
+        if dist.get_global_rank() == 0:
+            self._sums = state["sums"].double()

@@ -1,0 +1,209 @@
+"""Checkpoints: written so that the newest is always whole, read so that a foreign one never runs code.
+
+``step-<n>.pt`` is a whole training state in Composer's format. It is written beside its final name, flushed to the
+disk, then renamed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import composer.utils.checkpoint as composer_checkpoint
+import numpy as np
+import torch
+from composer.core import Algorithm, Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import nn
+
+from cheaper.errors import UserError
+from cheaper.models import hf
+from cheaper.models.decoder import Decoder
+
+# What a Composer checkpoint holds besides tensors and plain containers; unpickling these runs no code of the file's.
+HARMLESS = [
+    datetime.timedelta,
+    defaultdict,
+    dict,
+    torch.torch_version.TorchVersion,
+    np.ndarray,
+    np.dtype,
+    type(np.dtype(np.uint32)),
+    np.empty(0).__reduce__()[0],  # numpy's array constructor; its module's name differs between numpy versions
+]
+
+
+def safe_load(path: str | Path, map_location: str = "cpu") -> dict[str, Any]:
+    """Reads a Composer checkpoint without running any code it may contain.
+
+    Raises:
+        UserError: The file is missing, not a checkpoint, cut short, or holds objects outside ``HARMLESS``.
+    """
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path}: no such file") from None
+    except Exception as error:  # torch raises many kinds for a file that is not what it expects
+        reason = "it holds objects other than tensors" if "weights_only" in str(error).lower() else "it is not readable"
+        raise UserError(f"checkpoint {path}: refused, {reason} ({' '.join(str(error).split())[:120]})") from None
+
+
+# Composer 0.32.1 reads checkpoints with an unrestricted unpickler; every load of ours goes through the safe one.
+composer_checkpoint._torch_load_with_validation = safe_load
+
+
+def without_foreign_algorithms(own: Sequence[Algorithm]) -> Callable[[dict[str, Any]], None]:
+    """Makes the filter that keeps only a run's ``own`` algorithms in a checkpoint it loads.
+
+    Composer passes the written form of the others to ``eval`` in order to add them to the run.
+    """
+    names = {type(algorithm).__qualname__ for algorithm in own}
+
+    def keep_own(checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint["state"]["algorithms"]
+        checkpoint["state"]["algorithms"] = [(name, state) for name, state in saved if name in names]
+
+    return keep_own
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint of the highest step in ``folder``; unfinished files do not count."""
+    return max(Path(folder).glob("step-*.pt"), default=None)
+
+
+def load_weights(decoder: Decoder, path: str) -> None:
+    """Fills ``decoder`` with the weights found at ``path``, and takes nothing else from it.
+
+    Args:
+        decoder: The model to fill.
+        path: A Composer checkpoint, a run folder (its newest checkpoint), a ``transformers`` folder or a hub id.
+
+    Raises:
+        UserError: Nothing is there, or the weights have other names or shapes than the model.
+    """
+    source = Path(path)
+    if source.is_dir() and (newest := newest_checkpoint(source)):
+        source = newest
+    if source.is_file():
+        weights = model_weights(safe_load(source))
+    elif not source.exists() or (source / "config.json").is_file():
+        weights = hf.load_weights(path)
+    else:
+        raise UserError(f"training.checkpoint_path {path}: holds neither step-*.pt nor a transformers model")
+    check_shapes(decoder, weights, str(source))
+    decoder.load_state_dict(weights)
+
+
+def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The decoder's tensors in a Composer checkpoint, under the decoder's own names."""
+    return {name.removeprefix("model."): tensor for name, tensor in checkpoint["state"]["model"].items()}
+
+
+def check_shapes(decoder: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Raises ``UserError`` naming the first tensor of ``weights`` that does not fit ``decoder``."""
+    for name, parameter in decoder.state_dict().items():
+        if name not in weights:
+            raise UserError(f"checkpoint {source}: has no {name}; it is of another model")
+        if weights[name].shape != parameter.shape:
+            got, expected = list(weights[name].shape), list(parameter.shape)
+            raise UserError(f"checkpoint {source}: {name} is {got}, expected {expected}; it is of another model")
+    if extra := set(weights) - set(decoder.state_dict()):
+        raise UserError(f"checkpoint {source}: has {sorted(extra)[0]}, which this model lacks; it is of another model")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes ``content`` so that ``path`` holds either the old bytes or the new ones, also after a crash."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    publish(partial, path)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Flushes ``partial`` to the disk and gives it its final name in one step."""
+    with open(partial, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+class Stopped(Exception):  # noqa: N818  it is no error: the user asked for it
+    """Training ended early because a signal asked for it; a checkpoint has been written."""
+
+    def __init__(self, signum: int, checkpoint: Path):
+        super().__init__(f"stopped by {signal.Signals(signum).name}; checkpoint {checkpoint}")
+        self.signum = signum
+
+
+class Checkpointer(Callback):
+    """Writes a checkpoint every ``interval`` steps, at the end, and when SIGTERM or Ctrl-C asks the run to stop.
+
+    A second Ctrl-C, a second or more after the first, stops at once.
+
+    Args:
+        folder: Where ``step-<n>.pt`` go.
+        interval: Steps between two checkpoints.
+        keep: How many of the newest to keep.
+    """
+
+    def __init__(self, folder: Path, interval: int, keep: int):
+        self.folder, self.interval, self.keep = folder, interval, keep
+        self.stop_signal = 0
+        self._stopped_at = 0.0
+        self._previous_handlers: dict[int, Any] = {}
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._previous_handlers[signum] = signal.signal(signum, self._on_signal)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        step = int(state.timestamp.batch)
+        finished = state.timestamp >= state.max_duration
+        signum = _highest_over_ranks(self.stop_signal, state)
+        if finished or signum or step % self.interval == 0:
+            path = self._save(state, step)
+            if signum and not finished:
+                raise Stopped(signum, path)
+
+    def close(self, state: State, logger: Logger) -> None:
+        for signum, handler in self._previous_handlers.items():
+            signal.signal(signum, handler)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        # Launchers pass Ctrl-C on to processes that the terminal has already told: that is not a second wish.
+        if self.stop_signal and signum == signal.SIGINT and time.monotonic() - self._stopped_at > 1:
+            os._exit(128 + signum)
+        if not self.stop_signal:
+            self.stop_signal, self._stopped_at = signum, time.monotonic()
+
+    def _save(self, state: State, step: int) -> Path:
+        final = self.folder / f"step-{step:08d}.pt"
+        partial = self.folder / f".{final.name}.partial"
+        try:
+            composer_checkpoint.save_checkpoint(state, str(partial))
+            if dist.get_global_rank() == 0:
+                publish(partial, final)
+                for old in sorted(self.folder.glob("step-*.pt"))[: -self.keep]:
+                    old.unlink()
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:160]
+            raise UserError(f"checkpoint {final} could not be written: {reason}; the earlier ones are whole") from error
+        return final
+
+
+def _highest_over_ranks(value: int, state: State) -> int:
+    if dist.get_world_size() == 1:
+        return value
+    tensor = state.device.tensor_to_device(torch.tensor(value))
+    dist.all_reduce(tensor, reduce_operation="MAX")
+    return int(tensor)

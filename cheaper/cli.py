@@ -1,0 +1,80 @@
+"""``cheaper <verb>``: the commands. Each verb calls one function of the package."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cheaper.compose import DEFAULT_CHOICES, load_config, to_yaml
+from cheaper.errors import UserError
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal."""
+    args = list(sys.argv[1:] if args is None else args)
+    verbs = {"train": train, "convert": convert, "sample": sample}
+    if not args or args[0] not in verbs:
+        print("usage: cheaper train|convert|sample [recipe.yaml] [group=choice …] [key=value …]", file=sys.stderr)
+        return 2
+    try:
+        return verbs[args[0]](args[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # every process meets the same mistake; one says so
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+
+
+def train(args: list[str]) -> int:
+    """Trains; ``--dry-run`` resolves and checks the run, prints it and stops."""
+    dry_run = "--dry-run" in args
+    config = load_config([arg for arg in args if arg != "--dry-run"])
+    from cheaper import training  # PyTorch and Composer take seconds to import; a misspelt key is told at once
+    from cheaper.checkpoints import Stopped
+
+    if dry_run:
+        print(to_yaml(config))
+        training.check_data(config)
+        print("the run is sound: its shards and its tokenizer fit")
+        return 0
+    trainer = training.build_trainer(config)
+    try:
+        trainer.fit()
+    except Stopped as stop:
+        print(f"{stop}; add training.resume=true to the same command to go on", file=sys.stderr)
+        return 128 + stop.signum
+    finally:
+        trainer.close()
+    return 0
+
+
+def convert(args: list[str]) -> int:
+    """Turns the raw rows of a mixture into MDS shards; needs only ``data=…``."""
+    parser = argparse.ArgumentParser(prog="cheaper convert", add_help=True)
+    parser.add_argument("--processes", type=int, help="worker processes; all cores by default")
+    parser.add_argument("--only", nargs="+", metavar="STREAM", help="convert these streams of the mixture alone")
+    options, rest = parser.parse_known_args(args)
+    # Rows have the sequence length of the stage; without one named, that of pre-training.
+    config = load_config(rest, {**DEFAULT_CHOICES, "model": "mobilellm_140m", "training": "pretrain_phase1"})
+    from cheaper.data.convert import convert_mixture
+
+    convert_mixture(
+        config.data,
+        config.training.stage.sequence_length,
+        processes=options.processes,
+        only=options.only,
+        trust_remote_code=config.data.trust_remote_code,
+    )
+    return 0
+
+
+def sample(args: list[str]) -> int:
+    """Writes the small corpus of ``data=sample`` into ``data/sample``."""
+    from cheaper.data.sample import write_sample
+
+    folder = Path("data/sample")
+    documents = write_sample(folder)
+    print(f"{folder}: " + ", ".join(f"{count} documents of {name}" for name, count in documents.items()))
+    return 0

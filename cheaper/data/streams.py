@@ -1,0 +1,175 @@
+"""MDS shards of several streams, mixed by proportion, as batches.
+
+A batch is a dict of tensors::
+
+    input_ids     [B, T] int64   token ids; rows shorter than the longest are padded with 0 on the right
+    labels        [B, T] int64   the same ids, -100 where there is no target; the model shifts them
+    row_tokens    [B] int64      tokens of the row without padding
+    stream        [B] int64      which stream the row comes from, in the order of ``DataConfig.streams``
+    sample        [B] int64      the row's number in the whole mixture
+    document_ids  [B, T] int64   only with ``intra_document_attention``: which document of its row a token belongs to
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from composer.core import DataSpec
+from streaming import Stream, StreamingDataset
+from streaming.base.storage import CloudDownloader
+from torch.utils.data import DataLoader
+
+from cheaper.config import DataConfig
+from cheaper.data.manifest import Manifest
+from cheaper.data.tokenize import Tokenizer
+from cheaper.errors import UserError
+from cheaper.models.decoder import IGNORED, count_targets
+
+
+class MixedTokenDataset(StreamingDataset):
+    """Rows of tokens drawn from several streams; each row knows its stream and its number."""
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        row = super().get_item(sample_id, retry)
+        shard_id, _ = self.spanner[sample_id]
+        return {**row, "sample": sample_id, "stream": int(self.stream_per_shard[shard_id])}
+
+
+def mixed_streams(data: DataConfig) -> list[str]:
+    """Names of the streams that take part: those with a proportion above 0."""
+    return [name for name, stream in data.streams.items() if stream.proportion > 0]
+
+
+def build_dataloader(data: DataConfig, batch_size: int, seed: int) -> DataSpec:
+    """The training data of one device.
+
+    Args:
+        data: The mixture; its shards must have passed ``check_shards``.
+        batch_size: Rows per device and optimizer step.
+        seed: Seed of the shuffle.
+    """
+    streams = [
+        Stream(**_location(data, name), proportion=data.streams[name].proportion) for name in mixed_streams(data)
+    ]
+    dataset = MixedTokenDataset(
+        streams=streams,
+        batch_size=batch_size,
+        shuffle=data.shuffle,
+        shuffle_seed=seed,
+        num_canonical_nodes=data.canonical_nodes,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=data.num_workers,
+        collate_fn=functools.partial(collate, with_documents=data.intra_document_attention),
+        pin_memory=torch.cuda.is_available(),
+        # Forked workers inherit locks that the parent's threads may hold.
+        multiprocessing_context="forkserver" if data.num_workers else None,
+    )
+    return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
+
+
+def collate(rows: list[dict[str, Any]], with_documents: bool = False) -> dict[str, torch.Tensor]:
+    """Pads rows to the longest and stacks them into a batch, see the module's docstring."""
+    row_tokens = torch.tensor([len(row["input_ids"]) for row in rows])
+    width = int(row_tokens.max())
+    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    labels = torch.full((len(rows), width), IGNORED)
+    # Padding is a document of its own: nothing real attends to it.
+    document_ids = torch.full((len(rows), width), -1)
+    for i, row in enumerate(rows):
+        tokens = torch.from_numpy(row["input_ids"].astype(np.int64))
+        input_ids[i, : len(tokens)] = tokens
+        labels[i, : len(tokens)] = tokens
+        if with_documents:
+            lengths = torch.from_numpy(row["lengths"].astype(np.int64))
+            document_ids[i, : len(tokens)] = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    batch = {
+        "input_ids": input_ids,
+        "labels": labels,
+        "row_tokens": row_tokens,
+        "stream": torch.tensor([row["stream"] for row in rows]),
+        "sample": torch.tensor([row["sample"] for row in rows]),
+    }
+    return {**batch, "document_ids": document_ids} if with_documents else batch
+
+
+def count_tokens(batch: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Tokens without padding, and the targets among them, by which Composer weighs micro-batches and ranks."""
+    return {"total": int(batch["row_tokens"].sum()), "loss_generating": int(count_targets(batch["labels"]))}
+
+
+def check_shards(data: DataConfig, sequence_length: int, vocab_size: int, tokenizer: Tokenizer) -> dict[str, Manifest]:
+    """Refuses shards that do not belong to this run, naming both values.
+
+    Args:
+        data: The mixture.
+        sequence_length: Tokens per row of the run.
+        vocab_size: Words of the model.
+        tokenizer: The run's tokenizer.
+
+    Returns:
+        The manifest of each stream that takes part.
+
+    Raises:
+        UserError: Shards are missing, unfinished, cut short, or made for another tokenizer or sequence length.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"model.vocab_size is {vocab_size}: tokenizer {data.tokenizer} has {tokenizer.vocab_size} words, "
+            "expected at least as many"
+        )
+    manifests = {}
+    for name in mixed_streams(data):
+        folder = f"{data.root}/{name}"
+        manifest = manifests[name] = _read_manifest(name, folder)
+        if not manifest.complete:
+            raise UserError(f"data.streams.{name}: the conversion into {folder} has not finished; run it again")
+        if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"data.streams.{name}: {folder} was made with tokenizer {manifest.tokenizer_name} "
+                f"({manifest.tokenizer_fingerprint[:12]}), the run has {data.tokenizer} ({tokenizer.fingerprint[:12]})"
+            )
+        if manifest.sequence_length != sequence_length:
+            raise UserError(
+                f"data.streams.{name}: {folder} has rows of {manifest.sequence_length} tokens, "
+                f"training.stage.sequence_length is {sequence_length}; convert again into another data.root"
+            )
+        if "://" not in data.root:
+            _check_sizes(name, Path(folder))
+    return manifests
+
+
+def _read_manifest(name: str, folder: str) -> Manifest:
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(folder) / "manifest.json"
+        try:
+            if "://" in folder:
+                path = Path(temporary) / "manifest.json"
+                CloudDownloader.direct_download(f"{folder}/manifest.json", str(path))
+            return Manifest.read(path)
+        except FileNotFoundError:
+            raise UserError(f"data.streams.{name}: no shards in {folder}; make them with: cheaper convert") from None
+
+
+def _check_sizes(name: str, folder: Path) -> None:
+    for shard in json.loads((folder / "index.json").read_text())["shards"]:
+        expected = shard["zip_data"] or shard["raw_data"]
+        path = folder / expected["basename"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected["bytes"]:
+            got = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(f"data.streams.{name}: shard {path} {got}, expected {expected['bytes']} bytes")
+
+
+def _location(data: DataConfig, name: str) -> dict[str, str]:
+    if "://" not in data.root:
+        return {"local": f"{data.root}/{name}"}
+    return {"remote": f"{data.root}/{name}", "local": f"{data.cache}/{data.name}/{name}"}

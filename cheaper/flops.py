@@ -1,0 +1,57 @@
+"""How much arithmetic training takes, and how much a device can do.
+
+Model FLOPs utilisation follows the field's convention (PaLM, arXiv 2204.02311, appendix B): 6 per parameter and token
+for the matrices, the output matrix counted once, 12 · layers · width of attention · sequence length for the
+attention scores without halving for causality, over the datasheet's dense peak.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from cheaper.config import ModelConfig
+
+# Dense bf16 peak in FLOP/s, from NVIDIA's datasheets; matched against the device's name, first hit wins.
+PEAKS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+}
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Forward and backward FLOPs of one token in a row of ``sequence_length`` tokens."""
+    attention_width = model.num_heads * model.head_dim
+    attention = model.hidden_size * (2 * attention_width + 2 * model.num_kv_heads * model.head_dim)
+    feed_forward = 3 * model.hidden_size * model.intermediate_size
+    matrices = model.num_layers * (attention + feed_forward) + model.hidden_size * model.vocab_size
+    return 6 * matrices + 12 * model.num_layers * attention_width * sequence_length
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Peak FLOP/s of one device and where the figure comes from.
+
+    A GPU in ``PEAKS`` has its datasheet's value; for anything else it is the rate measured on square matrices.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, peak in PEAKS.items():
+            if all(word in name for word in part.split()):
+                return peak, f"datasheet of {part}"
+    return _measured_matrix_rate(device, dtype), "measured on matrix products"
+
+
+def _measured_matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 2048) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(4):  # the first warms up; the fastest is the least disturbed
+        start = time.perf_counter()
+        product = a @ b
+        product[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)

@@ -1,0 +1,73 @@
+"""``training.checkpoint_dir``: one folder per run, which no other run may write into.
+
+It holds ``run.yaml`` (the resolved configuration), ``step-<n>.pt`` (checkpoints), ``metrics.jsonl``,
+``samples.jsonl`` and ``summary.json``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from cheaper.checkpoints import newest_checkpoint, write_atomically
+from cheaper.compose import leaves, to_yaml
+from cheaper.config import RunConfig
+from cheaper.errors import UserError
+
+
+def open_run_folder(config: RunConfig) -> Path | None:
+    """Makes ``training.checkpoint_dir`` ready and finds the checkpoint to go on from.
+
+    Returns:
+        The checkpoint to resume from; ``None`` for a run that starts at step 0.
+
+    Raises:
+        UserError: The folder holds another run, or there is nothing where ``training.checkpoint_path`` points.
+    """
+    training = config.training
+    folder = Path(training.checkpoint_dir)
+    newest = newest_checkpoint(folder)
+    if newest and not training.resume:
+        raise UserError(
+            f"training.checkpoint_dir {folder} already holds a run ({newest.name}): "
+            "add training.resume=true to go on with it, or choose another folder"
+        )
+    resume_from = None
+    if training.resume:
+        given = Path(training.checkpoint_path) if training.checkpoint_path else folder
+        resume_from = newest_checkpoint(given) if given.is_dir() else given
+        if training.checkpoint_path and not (resume_from and resume_from.is_file()):
+            raise UserError(f"training.checkpoint_path {given}: there is no checkpoint to resume from")
+    if resume_from:
+        _check_same_run(config, resume_from.parent / "run.yaml")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"training.checkpoint_dir {folder}: {error.strerror}") from None
+    return resume_from
+
+
+# Keys that may differ between a run and its continuation: they do not change what is computed.
+FREE = ("run_name", "logging", "distributed", "data.root", "data.cache", "data.num_workers", "training.resume")
+FREE += ("training.checkpoint_path", "training.checkpoint_dir", "training.checkpoint_interval", "training.samples")
+FREE += ("training.keep_checkpoints", "training.expected", "model.use_flash_attention", "data.trust_remote_code")
+
+
+def _check_same_run(config: RunConfig, saved: Path) -> None:
+    if not saved.is_file():
+        return  # a checkpoint that was moved alone; its shapes are still checked
+    before = dict(leaves(yaml.safe_load(saved.read_text())))
+    now = dict(leaves(yaml.safe_load(to_yaml(config))))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not key.startswith(FREE):
+            raise UserError(
+                f"{key} is {now.get(key)}: the run to resume was started with {before.get(key)} ({saved}); "
+                "resume with the same value, or start another run from its weights"
+            )
+
+
+def write_run_yaml(config: RunConfig) -> None:
+    """Keeps the resolved configuration beside the checkpoints."""
+    path = Path(config.training.checkpoint_dir) / "run.yaml"
+    write_atomically(path, to_yaml(config).encode())

@@ -1,0 +1,195 @@
+"""Assembles a run: ``build_trainer(config)`` is a Composer ``Trainer`` ready to ``fit()``."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import torch
+from composer import Callback, Trainer
+from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
+from composer.optim import LinearWithWarmupScheduler
+from composer.utils import dist, get_device
+
+from cheaper import checkpoints, flops, run_folder
+from cheaper.algorithms.gradient_clipping import GradientClipping
+from cheaper.callbacks.metrics_file import MetricsFile
+from cheaper.callbacks.progress_bar import TokenProgressBar
+from cheaper.callbacks.recipe_metrics import RecipeMetrics
+from cheaper.callbacks.run_summary import RunSummary
+from cheaper.callbacks.samples import Samples
+from cheaper.config import RunConfig, StageConfig, parse_count, parse_warmup
+from cheaper.data.shared_memory import remove_stale_shared_memory
+from cheaper.data.streams import build_dataloader, check_shards, mixed_streams
+from cheaper.data.tokenize import Tokenizer, load_tokenizer
+from cheaper.errors import UserError
+from cheaper.models.composer_model import CausalLM
+
+
+def build_trainer(config: RunConfig) -> Trainer:
+    """Checks the run against its data and folder, and puts all its parts together.
+
+    Raises:
+        UserError: The data, the checkpoint or the folder do not fit the run.
+    """
+    join_processes()
+    tokenizer = check_data(config)
+    resume_from = run_folder.open_run_folder(config)
+    stage = config.training.stage
+    model = build_model(config, weights=None if config.training.resume else config.training.checkpoint_path)
+    if resume_from:
+        weights = checkpoints.model_weights(checkpoints.safe_load(resume_from))
+        checkpoints.check_shapes(model.model, weights, str(resume_from))
+    clipping = GradientClipping(stage.max_grad_norm)
+    algorithms = [clipping]
+    peak = flops.peak_flops(get_device(None)._device, _dtype(config))
+    trainer = Trainer(
+        model=model,
+        train_dataloader=build_dataloader(config.data, rows_per_device(stage), config.training.seed),
+        max_duration=f"{parse_count(stage.tokens)}tok",
+        optimizers=build_optimizer(model, stage),
+        schedulers=build_scheduler(stage),
+        algorithms=algorithms,
+        callbacks=build_callbacks(config, tokenizer, clipping, peak[0]),
+        loggers=build_loggers(config, peak),
+        run_name=config.run_name,
+        progress_bar=False,
+        precision="amp_bf16" if torch.cuda.is_available() and config.training.precision == "bf16" else "fp32",
+        device_train_microbatch_size=stage.batch_size_per_gpu,
+        accumulate_train_batch_on_tokens=True,
+        seed=config.training.seed,
+        load_path=str(resume_from) if resume_from else None,
+        load_ignore_keys=checkpoints.without_foreign_algorithms(algorithms),
+        load_progress_bar=False,
+    )
+    if resume_from and not trainer.state.optimizers[0].state:
+        raise UserError(f"checkpoint {resume_from}: its optimizer state does not fit this version of PyTorch")
+    if dist.get_global_rank() == 0:
+        run_folder.write_run_yaml(config)
+    return trainer
+
+
+def join_processes() -> None:
+    """Joins the processes that ``composer`` or ``torchrun`` started, or none when run alone."""
+    if "GROUP_RANK" in os.environ:  # torchrun's name for what Composer calls the rank of the node
+        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])
+    dist.initialize_dist(get_device(None))
+    if dist.get_local_rank() == 0:
+        remove_stale_shared_memory()
+    dist.barrier()
+
+
+def check_data(config: RunConfig) -> Tokenizer:
+    """Checks that the shards belong to this run and that the budget makes sense; returns the run's tokenizer.
+
+    Raises:
+        UserError: One line that says what does not fit.
+    """
+    stage, data = config.training.stage, config.data
+    tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
+    check_shards(data, stage.sequence_length, config.model.vocab_size, tokenizer)
+    if warmup_tokens(stage) >= parse_count(stage.tokens):
+        steps = parse_count(stage.tokens) // tokens_per_step(stage)
+        raise UserError(
+            f"training.stage.warmup is {stage.warmup} steps: the run has only {steps} ({stage.tokens} tokens in steps "
+            f"of {tokens_per_step(stage)}); expected fewer, or a share such as 3%"
+        )
+    return tokenizer
+
+
+def rows_per_device(stage: StageConfig) -> int:
+    """Rows that one device sees in one optimizer step."""
+    return stage.batch_size_per_gpu * stage.gradient_accumulation_steps
+
+
+def tokens_per_step(stage: StageConfig) -> int:
+    """Tokens of one optimizer step over all devices."""
+    return rows_per_device(stage) * stage.sequence_length * dist.get_world_size()
+
+
+def warmup_tokens(stage: StageConfig) -> int:
+    """Length of the warm-up in tokens."""
+    amount, unit = parse_warmup(stage.warmup)
+    return round(amount * (tokens_per_step(stage) if unit == "steps" else parse_count(stage.tokens)))
+
+
+def build_model(config: RunConfig, weights: str | None) -> CausalLM:
+    """The model, initialised from the seed or filled with the weights at ``weights``."""
+    torch.manual_seed(config.training.seed)
+    model = CausalLM(config.model)
+    if weights:
+        checkpoints.load_weights(model.model, weights)
+    if _dtype(config) == torch.bfloat16 and not torch.cuda.is_available():
+        # Composer has no mixed precision on a CPU.
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    return model
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+
+
+def build_optimizer(model: CausalLM, stage: StageConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay applies to matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=stage.learning_rate,
+        betas=(stage.beta1, stage.beta2),
+        eps=stage.eps,
+        fused=True,
+    )
+
+
+def build_scheduler(stage: StageConfig) -> LinearWithWarmupScheduler:
+    """Linear warm-up from 0 to the peak, then linear decay to ``final_lr_fraction`` of it, both over tokens."""
+    return LinearWithWarmupScheduler(t_warmup=f"{warmup_tokens(stage)}tok", alpha_f=stage.final_lr_fraction)
+
+
+def build_callbacks(
+    config: RunConfig, tokenizer: Tokenizer, clipping: GradientClipping, peak_flops: float
+) -> list[Callback]:
+    """What observes the run. The checkpointer is last: what the others remember must be in the checkpoint."""
+    training, folder = config.training, Path(config.training.checkpoint_dir)
+    return [
+        RecipeMetrics(
+            streams=mixed_streams(config.data),
+            interval=config.logging.interval,
+            flops_per_token=flops.flops_per_token(config.model, training.stage.sequence_length),
+            peak_flops=peak_flops,
+            clipping=clipping,
+            price_per_gpu_hour=config.logging.price_per_gpu_hour,
+        ),
+        Samples(folder / "samples.jsonl", training.samples, tokenizer, training.checkpoint_interval),
+        checkpoints.Checkpointer(folder, training.checkpoint_interval, training.keep_checkpoints),
+    ]
+
+
+def build_loggers(config: RunConfig, peak: tuple[float, str]) -> list[LoggerDestination]:
+    """Where the metrics go: always the run's file and the progress bar."""
+    folder, logging = Path(config.training.checkpoint_dir), config.logging
+    loggers: list[LoggerDestination] = [
+        MetricsFile(folder / "metrics.jsonl"),
+        TokenProgressBar(config.training.name),
+        RunSummary(config, peak),
+    ]
+    if logging.tensorboard:
+        loggers.append(TensorboardLogger(log_dir=str(folder / "tensorboard")))
+    if logging.wandb.enabled:
+        loggers.append(build_wandb(config, folder))
+    return loggers
+
+
+def build_wandb(config: RunConfig, folder: Path) -> WandBLogger:
+    """Weights & Biases; a resumed run goes on in the same W&B run, whose id the folder keeps."""
+    identity = folder / "wandb-id"
+    if dist.get_global_rank() == 0 and not identity.exists():
+        checkpoints.write_atomically(identity, uuid.uuid4().hex.encode())
+    dist.barrier()
+    return WandBLogger(
+        project=config.logging.wandb.project,
+        name=config.logging.wandb.run_name or config.run_name,
+        init_kwargs={"id": identity.read_text(), "resume": "allow", "dir": str(folder)},
+    )

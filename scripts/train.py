@@ -1,0 +1,7 @@
+"""Trains one stage, under ``python``, ``composer`` or ``torchrun``: [recipe.yaml] [group=choice …] [key=value …]."""
+
+import sys
+
+from cheaper.cli import main
+
+sys.exit(main(["train", *sys.argv[1:]]))
