@@ -41,6 +41,9 @@ def train(args: list[str]) -> int:
         return 0
     trainer = training.build_trainer(config)
     try:
+        if trainer.state.timestamp >= trainer.state.max_duration:
+            print(f"{config.run_name} has finished: {config.training.checkpoint_dir}")
+            return 0
         trainer.fit()
     except Stopped as stop:
         print(f"{stop}; add training.resume=true to the same command to go on", file=sys.stderr)

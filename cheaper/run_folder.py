@@ -23,7 +23,7 @@ def open_run_folder(config: RunConfig) -> Path | None:
         The checkpoint to resume from; ``None`` for a run that starts at step 0.
 
     Raises:
-        UserError: The folder holds another run, or there is nothing where ``training.checkpoint_path`` points.
+        UserError: The folder holds another run, or there is nothing to resume from.
     """
     training = config.training
     folder = Path(training.checkpoint_dir)
@@ -33,12 +33,7 @@ def open_run_folder(config: RunConfig) -> Path | None:
             f"training.checkpoint_dir {folder} already holds a run ({newest.name}): "
             "add training.resume=true to go on with it, or choose another folder"
         )
-    resume_from = None
-    if training.resume:
-        given = Path(training.checkpoint_path) if training.checkpoint_path else folder
-        resume_from = newest_checkpoint(given) if given.is_dir() else given
-        if training.checkpoint_path and not (resume_from and resume_from.is_file()):
-            raise UserError(f"training.checkpoint_path {given}: there is no checkpoint to resume from")
+    resume_from = _resume_point(config, newest) if training.resume else None
     if resume_from:
         _check_same_run(config, resume_from.parent / "run.yaml")
     try:
@@ -46,6 +41,26 @@ def open_run_folder(config: RunConfig) -> Path | None:
     except OSError as error:
         raise UserError(f"training.checkpoint_dir {folder}: {error.strerror}") from None
     return resume_from
+
+
+def _resume_point(config: RunConfig, newest: Path | None) -> Path:
+    """The newest checkpoint of the run's own folder, else the one at ``training.checkpoint_path``.
+
+    The folder comes first so that a run which started from another's weights resumes by the same command.
+    """
+    training = config.training
+    if newest:
+        return newest
+    if not training.checkpoint_path:
+        raise UserError(
+            f"training.resume=true: no checkpoint in training.checkpoint_dir {training.checkpoint_dir}; "
+            "leave it out to start from the beginning"
+        )
+    given = Path(training.checkpoint_path)
+    found = newest_checkpoint(given) if given.is_dir() else given
+    if not found or not found.is_file():
+        raise UserError(f"training.checkpoint_path {given}: there is no checkpoint to resume from")
+    return found
 
 
 # Keys that may differ between a run and its continuation: they do not change what is computed.

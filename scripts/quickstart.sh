@@ -8,11 +8,16 @@ run() {
     "$@"
 }
 
-rm -rf runs/quickstart-phase1 runs/quickstart-phase2
-run cheaper sample
+train() { # a run that was interrupted goes on; one that has finished says so
+    local resume=()
+    compgen -G "runs/$1/step-*.pt" >/dev/null && resume=(training.resume=true)
+    run python scripts/train.py "yamls/${1//-/_}.yaml" "${resume[@]}"
+}
+
+[ -d data/sample/tokenizer ] || run cheaper sample
 run cheaper convert yamls/quickstart_phase1.yaml
-run python scripts/train.py yamls/quickstart_phase1.yaml
-run python scripts/train.py yamls/quickstart_phase2.yaml
+train quickstart-phase1
+train quickstart-phase2
 
 cat <<'NEXT'
 

@@ -1,0 +1,174 @@
+"""Recipes, groups, overrides, and what is said about mistakes in them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cheaper.compose import load_config, to_yaml, yaml_dir
+from cheaper.config import parse_count, parse_warmup
+from cheaper.errors import UserError
+
+PHASE1 = ["model=mobilellm_140m", "training=pretrain_phase1", "data=pretrain_phase1_mix", "distributed=single_gpu"]
+
+
+def test_groups_alone_make_the_run_of_the_specification():
+    config = load_config(PHASE1)
+    stage = config.training.stage
+    assert (stage.learning_rate, stage.warmup, stage.final_lr_fraction) == (4e-3, "2000", 0.1)
+    assert (stage.batch_size_per_gpu, stage.sequence_length, parse_count(stage.tokens)) == (16, 2048, 2 * 10**12)
+    assert (stage.beta1, stage.beta2, stage.eps) == (0.9, 0.95, 1e-8)
+    assert (stage.weight_decay, stage.max_grad_norm) == (0.1, 1.0)
+    assert config.data.streams["fineweb_edu"].proportion == 63.75
+    assert config.run_name == "mobilellm_140m-pretrain_phase1"
+    assert config.training.checkpoint_dir == "runs/mobilellm_140m-pretrain_phase1"
+
+
+def test_a_recipe_equals_its_groups():
+    assert load_config([str(yaml_dir() / "pretrain_phase1.yaml")]) == load_config(PHASE1)
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in yaml_dir().glob("*.yaml")))
+def test_every_recipe_composes(recipe):
+    config = load_config([str(yaml_dir() / recipe)])
+    assert yaml.safe_load(to_yaml(config))["model"]["name"] == config.model.name
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_published_mixtures(phase):
+    published = {  # per cent of tokens, phases 1 and 2
+        "starcoder": (10.66, 0.52),
+        "open_web_math": (6.93, 23.33),
+        "fineweb_edu": (63.75, 54.83),
+        "wikipedia": (5.03, 0.14),
+        "arxiv": (6.36, 1.32),
+        "stackexchange": (5.03, 0.86),
+        "algebraic_stack": (2.25, 1.26),
+        "nemotron_science": (None, 0.03),
+        "nemotron_code": (None, 0.72),
+        "nemotron_math": (None, 3.01),
+        "cosmopedia": (None, 2.70),
+        "natural_reasoning": (None, 3.18),
+        "finemath": (None, 8.01),
+        "pes2o": (None, 0.08),
+    }
+    config = load_config([str(yaml_dir() / f"pretrain_phase{phase}.yaml")])
+    expected = {name: shares[phase - 1] for name, shares in published.items() if shares[phase - 1] is not None}
+    assert {name: stream.proportion for name, stream in config.data.streams.items()} == expected
+
+
+def test_overrides_of_the_specification():
+    config = load_config(
+        [
+            *PHASE1,
+            "training.stage.learning_rate=1e-4",
+            "training.stage.batch_size_per_gpu=8",
+            "training.stage.gradient_accumulation_steps=4",
+            "training.stage.max_grad_norm=1.0",
+            "training.checkpoint_path=/path/to/checkpoint",
+            "training.resume=true",
+            "model.use_flash_attention=true",
+            "logging.wandb.enabled=true",
+            "logging.wandb.project=cheapertraining",
+            "logging.wandb.run_name=mobilellm_950m_phase1",
+        ]
+    )
+    assert config.training.stage.learning_rate == 1e-4
+    assert config.training.stage.gradient_accumulation_steps == 4
+    assert config.training.resume is True
+    assert config.logging.wandb.run_name == "mobilellm_950m_phase1"
+    config = load_config([*PHASE1[1:], "model=mobilellm_360m", "model.num_layers=24", "model.num_heads=16"])
+    assert (config.model.num_layers, config.model.num_heads) == (24, 16)
+
+
+def test_a_recipe_of_ones_own_finds_the_groups(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text(
+        "name: mine\ntokenizer: here\nstreams: {a: {proportion: 1, source: {path: a.jsonl}}}\n"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "defaults: [{model: tiny}, {training: pretrain_phase1}, {data: mine}, {distributed: single_gpu},"
+        " {logging: console}, _self_]\nrun_name: mine\n"
+    )
+    config = load_config([str(recipe), "model=mobilellm_360m", "data.streams.b.proportion=2"])
+    assert (config.run_name, config.model.name, config.data.name) == ("mine", "mobilellm_360m", "mine")
+    assert config.data.streams["a"].source.path == "a.jsonl"
+    assert config.data.streams["b"].proportion == 2
+
+
+def test_the_written_run_says_the_same_again(tmp_path):
+    config = load_config(PHASE1)
+    tree = yaml.safe_load(to_yaml(config))
+    assert tree["training"]["stage"]["learning_rate"] == 0.004
+    assert "${" not in to_yaml(config)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "training.stage.learning_rat=1",
+            "training.stage.learning_rat is not a key; did you mean learning_rate? (the command line)",
+        ),
+        ("model.num_layers=many", "model.num_layers is 'many': Value 'many' of type 'str' could not be converted"),
+        ("data.streams.wikipedia.proportion=-0.2", "proportion is -0.2: expected a number ≥ 0 (the command line)"),
+        ("training.stage.tokens=5X", "training.stage.tokens is 5X: expected a count of tokens such as 2T"),
+        ("training.stage.warmup=120%", "training.stage.warmup is 120%: expected steps such as 2000"),
+        ("model.num_heads=10", "model.num_heads is 10: expected a multiple of model.num_kv_heads=3"),
+        ("training.stage.sequence_length=8192", "expected at most model.max_position_embeddings=4096"),
+        ("training.precision=fp8", "training.precision is fp8: expected one of bf16, fp32"),
+        ("model=mobilellm_140", "no such model; did you mean mobilellm_140m?"),
+        ("data.streams=3", "data.streams is 3: expected a section of names"),
+        ("data.streams.wikipedia=3", "data.streams.wikipedia is 3: expected a section with proportion"),
+        ("run_name=${nothing}", "run_name does not resolve"),
+        ("training", "argument training: expected key=value"),
+        ("training.seed=[", "argument training.seed=[: the value is not valid YAML"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(argument, message):
+    with pytest.raises(UserError) as error:
+        load_config([*PHASE1, argument])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_all_unknown_keys_are_told_at_once():
+    with pytest.raises(UserError) as error:
+        load_config([*PHASE1, "model.num_layer=3", "training.sed=1", "nothing=1"])
+    assert len(str(error.value).splitlines()) == 3
+
+
+def test_a_mixture_of_zeros_is_refused():
+    zeros = [f"data.streams.{name}.proportion=0" for name in load_config(PHASE1).data.streams]
+    with pytest.raises(UserError, match=r"data.streams has only proportions of 0"):
+        load_config([*PHASE1, *zeros])
+
+
+def test_a_missing_group_names_the_choices():
+    with pytest.raises(UserError, match=r"no training is chosen: add training=…, one of pretrain_phase1"):
+        load_config(["model=tiny", "data=sample"])
+
+
+def test_a_mistake_in_a_file_names_the_file(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("defaults: [{model: tiny}]\ndata: {bogus: 1}\n")
+    with pytest.raises(UserError, match=r"no training is chosen"):
+        load_config([str(recipe)])
+    recipe.write_text("model: [unclosed\n")
+    with pytest.raises(UserError, match=r"recipe.yaml"):
+        load_config([str(recipe)])
+    with pytest.raises(UserError, match=r"no such file; did you mean pretrain_phase1.yaml"):
+        load_config([str(Path("yamls") / "pretrain_phase_1.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("2T", 2 * 10**12), ("100B", 10**11), ("5M", 5 * 10**6), ("1.5m", 1_500_000), ("4096", 4096)]
+)
+def test_parse_count(text, count):
+    assert parse_count(text) == count
+
+
+def test_parse_warmup():
+    assert parse_warmup("2000") == (2000, "steps")
+    assert parse_warmup("3%") == (0.03, "share")
