@@ -187,7 +187,7 @@ class Checkpointer(Callback):
 
     def _save(self, state: State, step: int) -> Path:
         final = self.folder / f"step-{step:08d}.pt"
-        partial = self.folder / f".{final.name}.partial"
+        partial = self.folder / f".partial-{final.name}"  # Composer takes anything after ".pt" for a compression
         try:
             composer_checkpoint.save_checkpoint(state, str(partial))
             if dist.get_global_rank() == 0:

@@ -1,0 +1,198 @@
+"""The dense decoder of MobileLLM-R1 (arXiv 2509.24945), the shape of Llama 4's text model without experts.
+
+- Pre-norm blocks: RMSNorm, attention, RMSNorm, SwiGLU; no biases, no dropout.
+- Grouped-query attention; rotary positions on every layer, features (2i, 2i+1) turned together.
+- Queries and keys are RMS-normalised without weights, after the rotation (``qk_norm``).
+- The output matrix is the embedding (``tie_word_embeddings``) or a matrix of its own.
+- The loss is computed inside ``forward``, from hidden states in chunks: no tensor of tokens × words is ever kept.
+
+Axes are written as suffixes: B rows, T tokens, D width, H query heads, K key heads, E features per head, V words.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cheaper.config import ModelConfig
+from cheaper.losses.cross_entropy import IGNORED, linear_cross_entropy
+from cheaper.models.attention import causal_attention
+
+
+class LossOutput(NamedTuple):
+    """What a pass with labels returns: scalars on the model's device, which nothing has waited for yet."""
+
+    loss_sum: torch.Tensor  # fp32, nats, summed over the targets; differentiable
+    num_correct: torch.Tensor  # int64, targets that are the model's most likely word
+    num_targets: torch.Tensor  # int64
+
+
+class Decoder(nn.Module):
+    """A causal language model from token ids to logits or to the loss.
+
+    Args:
+        config: The shape. ``config.rope_theta`` is read in every pass, so it may be raised later.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embedding.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Normal(0, ``initializer_std``) for every matrix, norms at 1.
+
+        The two matrices of a block that write into the residual stream start smaller by √(2 · layers), so that the
+        stream's variance does not grow with depth (GPT-2, section 2.3).
+        """
+        std = self.config.initializer_std
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+        for block in self.blocks:
+            for output in (block.attention.wo, block.feed_forward.down):
+                nn.init.normal_(output.weight, std=std / math.sqrt(2 * self.config.num_layers))
+
+    def forward(
+        self,
+        input_ids_BT: torch.Tensor,
+        labels_BT: torch.Tensor | None = None,
+        document_ids_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor | LossOutput:
+        """Logits, or with labels the loss.
+
+        Args:
+            input_ids_BT: int64 token ids.
+            labels_BT: int64 ids, ``IGNORED`` where there is no target, *not* shifted: position t is predicted from the
+                tokens before t. The shift happens here and in ``count_targets`` only.
+            document_ids_BT: int64; where given, attention and positions stay inside runs of equal ids.
+
+        Returns:
+            Logits [B, T, V] without labels, else a ``LossOutput``.
+        """
+        hidden_BTD = self.hidden(input_ids_BT, document_ids_BT)
+        if labels_BT is None:
+            return self.head(hidden_BTD)
+        targets_N = labels_BT[:, 1:].flatten()
+        loss_sum, num_correct = linear_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), self.head.weight, targets_N)
+        return LossOutput(loss_sum, num_correct, count_targets(labels_BT))
+
+    def hidden(self, input_ids_BT: torch.Tensor, document_ids_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [B, T, D] after the last norm."""
+        x_BTD = self.embedding(input_ids_BT)
+        rotation = rotary_rotation(_positions(input_ids_BT, document_ids_BT), self.config)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rotation, document_ids_BT)
+        return self.norm(x_BTD)
+
+
+def count_targets(labels_BT: torch.Tensor) -> torch.Tensor:
+    """How many tokens the loss of ``labels`` [B, T] is summed over; int64 scalar."""
+    return (labels_BT[:, 1:] != IGNORED).sum()
+
+
+class Block(nn.Module):
+    """One layer: attention, then the feed-forward network, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        document_ids_BT: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, document_ids_BT)
+        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and normalised queries and keys."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.wq = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        document_ids_BT: torch.Tensor | None,
+    ) -> torch.Tensor:
+        E = self.config.head_dim
+        q_BTHE = rotate(self.wq(x_BTD).unflatten(-1, (-1, E)), rotation)
+        k_BTKE = rotate(self.wk(x_BTD).unflatten(-1, (-1, E)), rotation)
+        v_BTKE = self.wv(x_BTD).unflatten(-1, (-1, E))
+        if self.config.qk_norm:
+            q_BTHE = F.rms_norm(q_BTHE, (E,), eps=self.config.norm_eps)
+            k_BTKE = F.rms_norm(k_BTKE, (E,), eps=self.config.norm_eps)
+        # Under autocast the norm gives fp32 back, and the kernel wants one type.
+        q_BTHE, k_BTKE = q_BTHE.to(v_BTKE.dtype), k_BTKE.to(v_BTKE.dtype)
+        out_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, document_ids_BT, self.config.use_flash_attention)
+        return self.wo(out_BTHE.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+def rotary_rotation(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of each position's angles, fp32 (RoFormer, arXiv 2104.09864).
+
+    Computed in every pass rather than kept: it is cheap, and there is nothing to lose when a model is made without
+    memory or its ``rope_theta`` is raised.
+
+    Args:
+        positions: [T] or [B, T].
+        config: For ``rope_theta`` and ``head_dim``.
+
+    Returns:
+        Two tensors [(B,) T, 1, E/2].
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
+    angles = positions[..., None, None].float() * config.rope_theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BTHE: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turns each pair of features (2i, 2i+1) by its position's angle, in fp32; returns the type of ``x``."""
+    cos, sin = rotation
+    even, odd = x_BTHE.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x_BTHE)
+
+
+def _positions(input_ids_BT: torch.Tensor, document_ids_BT: torch.Tensor | None) -> torch.Tensor:
+    """Positions from 0: [T], or [B, T] that start again at each document."""
+    positions_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
+    if document_ids_BT is None:
+        return positions_T
+    starts_BT = F.pad(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], (1, 0), value=True)
+    return positions_T - torch.where(starts_BT, positions_T, 0).cummax(-1).values

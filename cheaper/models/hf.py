@@ -1,0 +1,211 @@
+"""To and from ``transformers``: the published checkpoints are Llama 4's text model without experts.
+
+Tensors keep their values and layout; only names change. Reading and writing use safetensors alone: nothing is unpickled
+and ``transformers`` itself is not needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cheaper.config import ModelConfig
+from cheaper.errors import UserError
+from cheaper.models.decoder import Decoder
+
+# Ours, theirs; {} is the number of the layer.
+NAMES = [
+    ("embedding.weight", "model.embed_tokens.weight"),
+    ("norm.weight", "model.norm.weight"),
+    ("head.weight", "lm_head.weight"),
+    ("blocks.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight"),
+    ("blocks.{}.attention.wq.weight", "model.layers.{}.self_attn.q_proj.weight"),
+    ("blocks.{}.attention.wk.weight", "model.layers.{}.self_attn.k_proj.weight"),
+    ("blocks.{}.attention.wv.weight", "model.layers.{}.self_attn.v_proj.weight"),
+    ("blocks.{}.attention.wo.weight", "model.layers.{}.self_attn.o_proj.weight"),
+    ("blocks.{}.feed_forward_norm.weight", "model.layers.{}.post_attention_layernorm.weight"),
+    ("blocks.{}.feed_forward.gate.weight", "model.layers.{}.feed_forward.gate_proj.weight"),
+    ("blocks.{}.feed_forward.up.weight", "model.layers.{}.feed_forward.up_proj.weight"),
+    ("blocks.{}.feed_forward.down.weight", "model.layers.{}.feed_forward.down_proj.weight"),
+]
+
+
+def to_hf_state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:
+    """The decoder's tensors under ``Llama4ForCausalLM``'s names; a tied output matrix is left out."""
+    tied = decoder.config.tie_word_embeddings
+    state = {name: tensor for name, tensor in decoder.state_dict().items() if not (tied and name == "head.weight")}
+    return _rename(state, dict(NAMES), "this model")
+
+
+def from_hf_state_dict(state: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+    """Tensors of a ``Llama4ForCausalLM`` under the decoder's names; a tied output matrix is added.
+
+    Raises:
+        UserError: A tensor has a name that the dense decoder lacks.
+    """
+    renamed = _rename(state, {theirs: ours for ours, theirs in NAMES}, source)
+    if "head.weight" not in renamed and "embedding.weight" in renamed:
+        renamed["head.weight"] = renamed["embedding.weight"]
+    return renamed
+
+
+def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """``config.json`` for ``transformers``: attention is full and every layer has rotary positions."""
+    return {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "intermediate_size_mlp": config.intermediate_size,  # the one that dense layers read
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_std,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_qk_norm": config.qk_norm,
+        "no_rope_layers": [1] * config.num_layers,  # in transformers 1 means "has rotary positions"
+        "layer_types": ["full_attention"] * config.num_layers,
+        "attention_chunk_size": config.max_position_embeddings,
+        "attn_temperature_tuning": False,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "moe_layers": [],
+        "interleave_moe_layer_step": 0,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "torch_dtype": dtype,
+    }
+
+
+def from_hf_config(raw: dict[str, Any], source: str) -> ModelConfig:
+    """The decoder's shape from a ``config.json``.
+
+    Raises:
+        UserError: The model computes something that the dense decoder does not.
+    """
+    layers = raw.get("num_hidden_layers", 0)
+    positions = raw.get("max_position_embeddings", 0)
+    rope = raw.get("rope_parameters") or {}  # where transformers 5 writes it
+    theta = rope.get("rope_theta", raw.get("rope_theta", 500_000.0))
+    without_rope = [i for i, has_rope in enumerate(raw.get("no_rope_layers") or _default_rope(layers)) if not has_rope]
+    chunked = "chunked_attention" in (raw.get("layer_types") or ["chunked_attention"])
+    for wrong, reason in (
+        (raw.get("model_type") != "llama4_text", f"model_type is {raw.get('model_type')}, expected llama4_text"),
+        (raw.get("moe_layers") not in ([], ()), f"layers {raw.get('moe_layers')} have experts, expected none"),
+        (without_rope, f"layers {without_rope} have no rotary positions, expected them on every layer"),
+        (rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"), "its rotary positions are scaled"),
+        (chunked and (raw.get("attention_chunk_size") or positions) < positions, "its attention is chunked"),
+    ):
+        if wrong:
+            raise UserError(f"{source}/config.json: {reason}; this decoder would compute it wrongly")
+    return ModelConfig(
+        name=Path(source).name,
+        num_layers=layers,
+        num_heads=raw["num_attention_heads"],
+        num_kv_heads=raw["num_key_value_heads"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw.get("intermediate_size_mlp", raw["intermediate_size"]),
+        head_dim=raw["head_dim"],
+        vocab_size=raw["vocab_size"],
+        tie_word_embeddings=raw.get("tie_word_embeddings", False),
+        qk_norm=raw.get("use_qk_norm", True),
+        rope_theta=theta,
+        norm_eps=raw["rms_norm_eps"],
+        max_position_embeddings=positions,
+        initializer_std=raw.get("initializer_range", 0.02),
+    )
+
+
+def save_pretrained(decoder: Decoder, folder: str | Path) -> None:
+    """Writes ``config.json`` and ``model.safetensors`` for ``AutoModelForCausalLM.from_pretrained(folder)``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous().cpu() for name, tensor in to_hf_state_dict(decoder).items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(to_hf_config(decoder.config, dtype), indent=2) + "\n")
+
+
+def load_pretrained(source: str | Path) -> Decoder:
+    """The decoder in a ``transformers`` folder or hub id, in the weights' own type.
+
+    Raises:
+        UserError: Nothing is there, or it is another kind of model.
+    """
+    folder = _folder(str(source))
+    config = from_hf_config(_read_json(folder / "config.json"), str(source))
+    weights = load_weights(str(source))
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    decoder.load_state_dict(weights, assign=True)
+    if config.tie_word_embeddings:
+        decoder.head.weight = decoder.embedding.weight
+    return decoder
+
+
+def load_weights(source: str) -> dict[str, torch.Tensor]:
+    """The tensors of a ``transformers`` folder or hub id under the decoder's names, in one file or several.
+
+    Raises:
+        UserError: Nothing is there, a file is cut short, or it is another kind of model.
+    """
+    folder = _folder(source)
+    from_hf_config(_read_json(folder / "config.json"), source)
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(folder / file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / file}: not a whole safetensors file ({error})") from None
+    return from_hf_state_dict(state, source)
+
+
+def _rename(state: dict[str, torch.Tensor], names: dict[str, str], source: str) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for name, tensor in state.items():
+        layer = re.search(r"\.(\d+)\.", name)
+        pattern = name.replace(layer[0], ".{}.", 1) if layer else name
+        if pattern not in names:
+            raise UserError(f"{source}: tensor {name} has no place in the dense decoder")
+        renamed[names[pattern].format(layer[1] if layer else "")] = tensor
+    return renamed
+
+
+def _default_rope(layers: int) -> list[int]:
+    """What transformers assumes where ``no_rope_layers`` is not given: every fourth layer goes without."""
+    return [int((layer + 1) % 4 != 0) for layer in range(layers)]
+
+
+def _folder(source: str) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{source}: no such folder, and not to be had from the hub ({type(error).__name__})") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None

@@ -1,0 +1,146 @@
+"""Our decoder against transformers' ``Llama4ForCausalLM``: parameters, logits, gradients, both ways."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
+
+from cheaper.compose import load_config
+from cheaper.config import ModelConfig
+from cheaper.models import hf
+from cheaper.models.decoder import Decoder
+
+TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def small(**changes) -> ModelConfig:
+    shape = {
+        "name": "small",
+        "num_layers": 5,  # more than 4: transformers drops the rotary positions of each fourth layer by default
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "vocab_size": 211,
+        "max_position_embeddings": 128,
+    }
+    return ModelConfig(**{**shape, **changes})
+
+
+def theirs(config: ModelConfig, attention: str = "eager") -> Llama4ForCausalLM:
+    raw = hf.to_hf_config(config, "float32")
+    return Llama4ForCausalLM._from_config(Llama4TextConfig(**raw), attn_implementation=attention).eval()
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Weights far from their initial values, so that every norm and matrix matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            offset = 1.0 if parameter.ndim == 1 else 0.0
+            parameter.copy_(offset + 0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def tokens(config: ModelConfig, rows: int = 2, length: int = 64) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+VARIANTS = {
+    "published shape": {},
+    "own output matrix": {"tie_word_embeddings": False},
+    "no QK norm": {"qk_norm": False},
+    "one key head per query head": {"num_kv_heads": 6},
+    "another theta": {"rope_theta": 4_000_000.0},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_logits_and_gradients_equal_when_theirs_takes_our_weights(changes):
+    config = small(**changes)
+    ours, reference = Decoder(config), theirs(config)
+    randomise(ours)
+    missing, unexpected = reference.load_state_dict(hf.to_hf_state_dict(ours), strict=False)
+    assert not unexpected
+    assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
+    ids = tokens(config)
+    logits = reference(ids, use_cache=False).logits
+    torch.testing.assert_close(ours(ids), logits, **TOLERANCE)
+
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    out = ours(ids, labels_BT=ids)
+    out.loss_sum.backward()
+    assert out.num_targets == ids[:, 1:].numel()
+    their_gradients = {name: p.grad for name, p in reference.named_parameters()}
+    our_gradients = hf._rename({n: p.grad for n, p in ours.named_parameters()}, dict(hf.NAMES), "ours")
+    assert our_gradients.keys() == their_gradients.keys()
+    for name, gradient in our_gradients.items():
+        scale = their_gradients[name].abs().max()
+        torch.testing.assert_close(gradient / scale, their_gradients[name] / scale, **TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_written_by_us_gives_transformers_the_same_logits(tmp_path, tied):
+    ours = Decoder(small(tie_word_embeddings=tied))
+    randomise(ours)
+    hf.save_pretrained(ours, tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    assert isinstance(reference, Llama4ForCausalLM)
+    ids = tokens(ours.config, length=128)
+    torch.testing.assert_close(ours(ids), reference(ids, use_cache=False).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_written_by_transformers_is_read_bit_for_bit(tmp_path, tied, shards):
+    reference = theirs(small(tie_word_embeddings=tied))
+    randomise(reference)
+    size = sum(p.numel() * 4 for p in reference.parameters())
+    reference.save_pretrained(tmp_path, max_shard_size=size // shards + 4096)
+    assert len(list(tmp_path.glob("*.safetensors"))) >= min(shards, 2)
+    ours = hf.load_pretrained(tmp_path)
+    ids = tokens(ours.config)
+    torch.testing.assert_close(ours(ids), reference(ids, use_cache=False).logits, **TOLERANCE)
+    again = hf.to_hf_state_dict(ours)
+    for name, parameter in reference.named_parameters():
+        assert torch.equal(again[name], parameter), name
+    hf.save_pretrained(ours, tmp_path / "again")
+    for name, tensor in hf.load_pretrained(tmp_path / "again").state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    ("model", "exact", "published"),
+    # The published shape of the 950M adds up to 0.05% more than the published count; transformers agrees with the shape.
+    [
+        ("mobilellm_140m", 140_248_512, 140.2e6),
+        ("mobilellm_360m", 359_433_216, 359.4e6),
+        ("mobilellm_950m", 949_685_760, 949.2e6),
+    ],
+)
+def test_parameter_counts(model, exact, published):
+    config = load_config([f"model={model}", "training=pretrain_phase1", "data=pretrain_phase1_mix"]).model
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Decoder(config).parameters())
+        reference = sum(p.numel() for p in theirs(config).parameters())
+    assert count == reference == exact
+    assert abs(count / published - 1) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "llama"}, "model_type is llama, expected llama4_text"),
+        ({"no_rope_layers": [1, 1, 1, 0, 1]}, r"layers \[3\] have no rotary positions"),
+        ({"no_rope_layers": None}, r"layers \[3\] have no rotary positions"),
+        ({"moe_layers": [0]}, r"layers \[0\] have experts"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "its rotary positions are scaled"),
+        ({"layer_types": ["chunked_attention"] * 5, "attention_chunk_size": 64}, "its attention is chunked"),
+    ],
+)
+def test_a_model_we_would_compute_wrongly_is_refused(change, reason):
+    from cheaper.errors import UserError
+
+    raw = {**hf.to_hf_config(small(), "float32"), **change}
+    with pytest.raises(UserError, match=reason):
+        hf.from_hf_config(raw, "somewhere")

@@ -1,0 +1,50 @@
+"""Stale shared memory is removed, that of a living run is not: real segments, real processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cheaper.data.shared_memory import SHARED_MEMORY, remove_stale_shared_memory
+
+HOLD = """
+import sys
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+segment = SharedMemory(sys.argv[1], create=True, size=64)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+pytestmark = pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="needs /dev/shm")
+
+
+def hold(name: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout.readline() == b"ready\n"
+    return process
+
+
+def test_only_the_dead_are_removed():
+    living, dead, foreign = "990001_locals", "990002_locals", "990003_other"
+    keeper = hold(living)
+    Path(SHARED_MEMORY / dead).write_bytes(b"left by a killed run")
+    Path(SHARED_MEMORY / foreign).write_bytes(b"not streaming's")
+    try:
+        remove_stale_shared_memory()
+        assert (SHARED_MEMORY / living).exists()
+        assert not (SHARED_MEMORY / dead).exists()
+        assert (SHARED_MEMORY / foreign).exists()
+        keeper.kill()
+        keeper.wait()
+        Path(SHARED_MEMORY / living).write_bytes(b"its keeper is dead")
+        remove_stale_shared_memory()
+        assert not (SHARED_MEMORY / living).exists()
+    finally:
+        keeper.kill()
+        keeper.wait()
+        for name in (living, dead, foreign):
+            (SHARED_MEMORY / name).unlink(missing_ok=True)
