@@ -63,13 +63,7 @@ def convert(args: list[str]) -> int:
     config = load_config(rest, {**DEFAULT_CHOICES, "model": "mobilellm_140m", "training": "pretrain_phase1"})
     from cheaper.data.convert import convert_mixture
 
-    convert_mixture(
-        config.data,
-        config.training.stage.sequence_length,
-        processes=options.processes,
-        only=options.only,
-        trust_remote_code=config.data.trust_remote_code,
-    )
+    convert_mixture(config.data, config.training.stage.sequence_length, options.processes, options.only)
     return 0
 
 
@@ -81,3 +75,7 @@ def sample(args: list[str]) -> int:
     documents = write_sample(folder)
     print(f"{folder}: " + ", ".join(f"{count} documents of {name}" for name, count in documents.items()))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,7 @@
 A batch is a dict of tensors::
 
     input_ids     [B, T] int64   token ids; rows shorter than the longest are padded with 0 on the right
-    labels        [B, T] int64   the same ids, -100 where there is no target; the model shifts them
+    labels        [B, T] int64   the same ids, IGNORED where there is no target; the model shifts them
     row_tokens    [B] int64      tokens of the row without padding
     stream        [B] int64      which stream the row comes from, in the order of ``DataConfig.streams``
     sample        [B] int64      the row's number in the whole mixture
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from cheaper.config import DataConfig
 from cheaper.data.manifest import Manifest
+from cheaper.data.mixing import EVENLY
 from cheaper.data.tokenize import Tokenizer
 from cheaper.errors import UserError
 from cheaper.models.decoder import IGNORED, count_targets
@@ -63,6 +65,7 @@ def build_dataloader(data: DataConfig, batch_size: int, seed: int) -> DataSpec:
         shuffle=data.shuffle,
         shuffle_seed=seed,
         num_canonical_nodes=data.canonical_nodes,
+        batching_method=EVENLY,
     )
     loader = DataLoader(
         dataset,
@@ -70,10 +73,14 @@ def build_dataloader(data: DataConfig, batch_size: int, seed: int) -> DataSpec:
         num_workers=data.num_workers,
         collate_fn=functools.partial(collate, with_documents=data.intra_document_attention),
         pin_memory=torch.cuda.is_available(),
-        # Forked workers inherit locks that the parent's threads may hold.
-        multiprocessing_context="forkserver" if data.num_workers else None,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal; the parent still needs its data to finish the step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(rows: list[dict[str, Any]], with_documents: bool = False) -> dict[str, torch.Tensor]:
@@ -91,6 +98,7 @@ def collate(rows: list[dict[str, Any]], with_documents: bool = False) -> dict[st
         if with_documents:
             lengths = torch.from_numpy(row["lengths"].astype(np.int64))
             document_ids[i, : len(tokens)] = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+            labels[i, lengths.cumsum(0)[:-1]] = IGNORED  # nothing that it may see tells a document's first token
     batch = {
         "input_ids": input_ids,
         "labels": labels,

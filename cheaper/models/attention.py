@@ -7,12 +7,13 @@ import importlib.util
 import torch
 import torch.nn.functional as F
 
+INSTALLED = importlib.util.find_spec("flash_attn") is not None
+
 
 def kernel_name(device: torch.device, dtype: torch.dtype, use_flash_attention: bool, within_documents: bool) -> str:
     """``"flash-attn"`` or ``"PyTorch scaled_dot_product_attention"``, whichever ``causal_attention`` takes."""
     half = dtype in (torch.bfloat16, torch.float16)
-    installed = use_flash_attention and importlib.util.find_spec("flash_attn") is not None
-    if installed and half and device.type == "cuda" and not within_documents:
+    if use_flash_attention and INSTALLED and half and device.type == "cuda" and not within_documents:
         return "flash-attn"
     return "PyTorch scaled_dot_product_attention"
 

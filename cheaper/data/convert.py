@@ -1,0 +1,417 @@
+"""Raw rows to MDS shards of token rows, one folder per stream.
+
+    rows ──workers: parse, format, tokenise──▶ documents ──parent: join, cut──▶ token rows ──▶ MDS shards
+
+A document is BOS, its tokens, EOS. Documents are joined and cut into rows of ``sequence_length``; a document goes on in
+the next row, and only the last row of a stream is shorter. Columns of a row: ``input_ids``, and ``lengths`` of the
+pieces of documents in it, both in the narrowest unsigned type.
+
+One process reads and writes, in order, so the shards are the same bytes whatever the number of workers. After each shard
+the manifest says where to go on; a conversion that was killed goes on from there with the same command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cheaper.config import DataConfig, StreamConfig
+from cheaper.data.formats import UnusableRow, get_format
+from cheaper.data.manifest import Manifest
+from cheaper.data.sources import RawRow, Source
+from cheaper.data.tokenize import Tokenizer, load_tokenizer
+from cheaper.errors import UserError, did_you_mean
+
+BATCH_BYTES = 1 << 20  # raw bytes handed to a worker at a time
+BATCHES_AHEAD = 3  # per worker; bounds the memory
+SHARD_BYTES = 1 << 26
+
+
+def convert_mixture(
+    data: DataConfig, sequence_length: int, processes: int | None = None, only: list[str] | None = None
+) -> dict[str, Manifest]:
+    """Converts every stream of a mixture; those that are finished are left as they are.
+
+    Args:
+        data: The mixture. A ``data.root`` with a scheme (``s3://`` …) is written under ``data.cache`` and uploaded.
+        sequence_length: Tokens per row.
+        processes: Worker processes, all cores by default.
+        only: Names of the streams to convert, all by default.
+
+    Returns:
+        The manifest of each stream.
+
+    Raises:
+        UserError: A stream cannot be read or written, or its folder was made from something else.
+    """
+    for name in only or ():
+        if name not in data.streams:
+            raise UserError(f"--only {name}: no such stream in {data.name}{did_you_mean(name, data.streams)}")
+    tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
+    return {
+        name: convert_stream(name, data.streams[name], data, tokenizer, sequence_length, processes or os.cpu_count())
+        for name in only or data.streams
+    }
+
+
+def convert_stream(
+    name: str, stream: StreamConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int, processes: int
+) -> Manifest:
+    """Converts one stream into ``<data.root>/<name>``, or goes on where a killed conversion stopped."""
+    get_format(stream.format, stream.field)  # a wrong name is told before anything is made
+    source = Source(stream.source, name)
+    remote = f"{data.root}/{name}" if "://" in data.root else None
+    folder = Path(data.cache, data.name, name) if remote else Path(data.root, name)
+    manifest = _open_folder(folder, _new_manifest(stream, tokenizer, sequence_length))
+    if manifest.complete:
+        print(f"{name}: {manifest.tokens:,} tokens in {manifest.rows:,} rows, finished before ({folder})")
+        return manifest
+    try:
+        with (
+            ProcessPoolExecutor(
+                processes,
+                multiprocessing.get_context("spawn"),
+                _start_worker,
+                (data.tokenizer, data.trust_remote_code, stream.format, stream.field),
+            ) as pool,
+            _Progress(name, source) as progress,
+        ):
+            batches = _in_order(pool, _tokenise, _batches(source, manifest.next_row), processes * BATCHES_AHEAD)
+            _write(batches, folder, remote, manifest, progress)
+    except BrokenProcessPool:
+        raise UserError(f"data.streams.{name}: a worker process died; the same command goes on from here") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"data.streams.{name}: {folder} cannot be written ({error.strerror}); "
+            "free some space, and the same command goes on from here"
+        ) from None
+    except KeyboardInterrupt:
+        raise UserError(f"data.streams.{name}: stopped; the same command goes on from here") from None
+    print(f"{name}: {manifest.tokens:,} tokens in {manifest.rows:,} rows, {manifest.skipped:,} skipped ({folder})")
+    return manifest
+
+
+def _new_manifest(stream: StreamConfig, tokenizer: Tokenizer, sequence_length: int) -> Manifest:
+    return Manifest(
+        tokenizer_name=tokenizer.name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        sequence_length=sequence_length,
+        source=dataclasses.asdict(stream.source),
+        format=stream.format,
+        field=stream.field,
+    )
+
+
+def _open_folder(folder: Path, new: Manifest) -> Manifest:
+    """The manifest to go on with: the one in ``folder`` if it is of the same conversion, else ``new``."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no manifest.json; choose another data.root")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.root: {folder} cannot be made ({error.strerror})") from None
+        return new
+    old = Manifest.read(path)
+    for key, value in new.made_from().items():
+        if old.made_from()[key] != value:
+            was = old.made_from()[key]
+            raise UserError(f"{folder} was made with {key} {was}, now it is {value}; choose another data.root")
+    return old
+
+
+# ---- in the workers
+
+
+@dataclass
+class _Tokenised:
+    """A batch of rows as documents: their tokens end to end, their lengths, and what could not be used."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray  # int64, tokens of each document with BOS and EOS
+    ordinals: np.ndarray  # int64, which raw row each document is, counted over the stream
+    unusable: list[dict[str, Any]]
+    rows: int
+    bytes_read: int
+
+
+def _start_worker(tokenizer: str, trust_remote_code: bool, format_name: str, field: str) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    _worker = (load_tokenizer(tokenizer, trust_remote_code), get_format(format_name, field))
+
+
+def _tokenise(batch: tuple[list[RawRow], int, int]) -> _Tokenised:
+    rows, first, bytes_read = batch
+    tokenizer, to_text = _worker
+    texts, ordinals, unusable = [], [], []
+    for ordinal, row in enumerate(rows, first):
+        try:
+            text = to_text(row.parse())
+            if not text.strip():
+                raise UnusableRow("empty text")
+            text.encode("utf-8")  # JSON can spell lone surrogates, which are no text
+        except (UnusableRow, UnicodeEncodeError) as error:
+            excerpt = repr(row.content if isinstance(row.content, dict) else row.content[:200])[:200]
+            place = {"row": ordinal, "file": row.file, "row_of_file": row.number}
+            unusable.append({**place, "reason": str(error), "excerpt": excerpt})
+            continue
+        texts.append(text)
+        ordinals.append(ordinal)
+    encoded = tokenizer.encode_batch(texts)
+    dtype = narrowest(tokenizer.vocab_size)
+    before = [] if tokenizer.bos_id is None else [np.array([tokenizer.bos_id], dtype)]
+    after = np.array([tokenizer.eos_id], dtype)
+    pieces = [piece for ids in encoded for piece in (*before, ids.astype(dtype, copy=False), after)]
+    return _Tokenised(
+        tokens=np.concatenate(pieces) if pieces else np.empty(0, dtype),
+        lengths=np.array([len(ids) + len(before) + 1 for ids in encoded], np.int64),
+        ordinals=np.array(ordinals, np.int64),
+        unusable=unusable,
+        rows=len(rows),
+        bytes_read=bytes_read,
+    )
+
+
+def narrowest(values: int) -> np.dtype:
+    """The narrowest of uint8, uint16 and uint32 that holds 0 … ``values`` - 1."""
+    return np.min_scalar_type(values - 1)
+
+
+# ---- in the parent
+
+
+def _batches(source: Source, skip: int) -> Iterator[tuple[list[RawRow], int, int]]:
+    """Rows in batches of about ``BATCH_BYTES`` with the number of the first, without the first ``skip`` rows."""
+    batch: list[RawRow] = []
+    size, count, read_before = 0, 0, source.bytes_read()
+    for count, row in enumerate(source, 1):
+        if count <= skip:
+            continue
+        batch.append(row)
+        size += _size(row)
+        if size >= BATCH_BYTES:
+            yield batch, count - len(batch), source.bytes_read() - read_before
+            batch, size, read_before = [], 0, source.bytes_read()
+    if batch:
+        yield batch, count - len(batch), source.bytes_read() - read_before
+
+
+def _size(row: RawRow) -> int:
+    if isinstance(row.content, bytes):
+        return len(row.content)
+    return sum(len(value) if isinstance(value, str) else 200 for value in row.content.values())
+
+
+def _in_order(
+    pool: ProcessPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any], ahead: int
+) -> Iterator[Any]:
+    """``map`` over the pool that reads at most ``ahead`` items before their turn."""
+    waiting: deque[Future] = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        del item  # a batch is in memory once
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where a row begins: in which raw row, at which of its tokens, after how many documents."""
+
+    row: int
+    token: int
+    documents: int
+
+
+class _RowCutter:
+    """Joins documents and cuts them into rows, knowing where each begins.
+
+    Args:
+        length: Tokens per row.
+        start: Where the first row begins.
+    """
+
+    def __init__(self, length: int, start: _Position):
+        self.length = length
+        self.tokens: np.ndarray | None = None  # those of no row yet
+        self.lengths = np.empty(0, np.int64)  # of the documents in ``tokens``
+        self.ordinals = np.empty(0, np.int64)  # their raw rows
+        self.cut_off = 0  # tokens of the first document that are in earlier rows
+        self.documents = start.documents  # those behind
+        self._skip = start.token
+
+    def add(self, batch: _Tokenised) -> None:
+        self.tokens = batch.tokens if self.tokens is None else np.concatenate([self.tokens, batch.tokens])
+        self.lengths = np.concatenate([self.lengths, batch.lengths])
+        self.ordinals = np.concatenate([self.ordinals, batch.ordinals])
+        if self._skip and len(self.lengths):
+            self.tokens, self.cut_off, self._skip = self.tokens[self._skip :], self._skip, 0
+            self.lengths[0] -= self.cut_off
+
+    def rows(self, last: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray, _Position]]:
+        """Yields the whole rows, and with ``last`` what is left: tokens, lengths of the pieces, where it begins."""
+        ends = np.cumsum(self.lengths)
+        total = 0 if self.tokens is None else len(self.tokens)
+        stop = total if last else total - total % self.length
+        for begin in range(0, stop, self.length):
+            end = min(begin + self.length, total)
+            first, behind = np.searchsorted(ends, [begin, end - 1], side="right")
+            lengths = np.diff([begin, *ends[first:behind], end])
+            yield self.tokens[begin:end], lengths, self._position(ends, first, begin)
+        if stop:
+            first = int(np.searchsorted(ends, stop, side="right"))
+            self.cut_off = self._position(ends, first, stop).token if first < len(ends) else 0
+            self.tokens, self.lengths, self.ordinals = self.tokens[stop:], self.lengths[first:], self.ordinals[first:]
+            if len(self.lengths):
+                self.lengths[0] = ends[first] - stop
+            self.documents += first
+
+    def _position(self, ends: np.ndarray, document: int, token: int) -> _Position:
+        begin = ends[document] - self.lengths[document] - (0 if document else self.cut_off)
+        return _Position(int(self.ordinals[document]), int(token - begin), self.documents + int(document))
+
+
+class _ShardWriter:
+    """Writes rows as MDS shards, and after each shard the manifest that says where the next begins.
+
+    Args:
+        folder: Where the shards go.
+        remote: Where streaming uploads them to; each is removed from ``folder`` once it is there.
+        manifest: Of the shards so far; kept up to date.
+    """
+
+    def __init__(self, folder: Path, remote: str | None, manifest: Manifest):
+        from streaming import MDSWriter  # slow to import, and the workers need none of it
+
+        self.folder, self.manifest = folder, manifest
+        self.dtype, self.length_dtype = narrowest(manifest.vocab_size), narrowest(manifest.sequence_length + 1)
+        columns = {"input_ids": f"ndarray:{self.dtype}", "lengths": f"ndarray:{self.length_dtype}"}
+        with tempfile.TemporaryDirectory() as empty:  # streaming takes no folder that holds shards already
+            self.mds = MDSWriter(out=(empty, remote) if remote else empty, columns=columns, size_limit=SHARD_BYTES)
+        self.mds.local = self.mds.cloud_writer.local = str(folder)
+        self.mds.shards = list(manifest.shards)
+        self.rows, self.tokens = manifest.rows, manifest.tokens
+        if remote:  # what a killed conversion had not uploaded yet
+            for shard in self.mds.shards:
+                if (folder / shard["raw_data"]["basename"]).exists():
+                    self.mds.cloud_writer.upload_file(shard["raw_data"]["basename"])
+
+    def write(self, tokens: np.ndarray, lengths: np.ndarray, position: _Position) -> None:
+        shards = len(self.mds.shards)
+        self.mds.write({"input_ids": tokens, "lengths": lengths.astype(self.length_dtype)})
+        if len(self.mds.shards) > shards:  # streaming closed a shard; this row is the first of the next
+            self._keep(position)
+        self.rows += 1
+        self.tokens += len(tokens)
+
+    def finish(self, end: _Position, skipped: int) -> None:
+        if self.mds.new_samples:
+            self.mds.flush_shard()
+            self.mds._reset_cache()
+        self._keep(end)
+        # MDSWriter.finish would also delete the folder after an upload, and with it the manifest.
+        self.mds._write_index()
+        self.mds.executor.shutdown(wait=True)
+        if self.mds.event.is_set():
+            raise UserError(f"{self.mds.remote}: an upload failed; the same command goes on from here")
+        self.manifest.complete, self.manifest.skipped, self.manifest.shards = True, skipped, []
+        path = self.folder / "manifest.json"
+        self.manifest.write(path)
+        if self.mds.remote:
+            self.mds.cloud_writer.upload_file(path.name)
+            self.manifest.write(path)
+
+    def _keep(self, position: _Position) -> None:
+        newest = self.folder / self.mds.shards[-1]["raw_data"]["basename"]
+        if newest.exists():  # else it is uploaded already
+            with open(newest, "rb+") as file:
+                os.fsync(file.fileno())
+        self.manifest.rows, self.manifest.tokens = self.rows, self.tokens
+        self.manifest.next_row, self.manifest.next_token = position.row, position.token
+        self.manifest.documents, self.manifest.shards = position.documents, self.mds.shards
+        self.manifest.write(self.folder / "manifest.json")
+
+
+def _write(
+    batches: Iterator[_Tokenised], folder: Path, remote: str | None, manifest: Manifest, progress: _Progress
+) -> None:
+    side_file = folder / "skipped.jsonl"
+    _drop_rows_from(side_file, manifest.next_row)
+    start = _Position(manifest.next_row, manifest.next_token, manifest.documents)
+    cutter, writer = _RowCutter(manifest.sequence_length, start), _ShardWriter(folder, remote, manifest)
+    raw_rows = start.row
+    for batch in batches:
+        with open(side_file, "a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in batch.unusable)
+        cutter.add(batch)
+        for row in cutter.rows():
+            writer.write(*row)
+        raw_rows += batch.rows
+        progress.update(batch)
+    for row in cutter.rows(last=True):
+        writer.write(*row)
+    skipped = side_file.read_text().splitlines()
+    if not writer.rows:
+        where = manifest.source["path"] or manifest.source["dataset"]
+        reason = (
+            f"all {len(skipped)} rows were skipped, the first: {json.loads(skipped[0])['reason']}" if skipped else ""
+        )
+        shutil.rmtree(folder)
+        raise UserError(f"data.streams.{progress.name}: {where} gave no text; {reason or 'it is empty'}")
+    writer.finish(_Position(raw_rows, 0, cutter.documents), len(skipped))
+
+
+def _drop_rows_from(side_file: Path, next_row: int) -> None:
+    """Removes from the side file the rows that will be met again, and a line that a kill cut short."""
+    lines = side_file.read_text().split("\n")[:-1] if side_file.exists() else []
+    side_file.write_text("".join(line + "\n" for line in lines if json.loads(line)["row"] < next_row))
+
+
+class _Progress:
+    """A bar over the bytes of the source with documents and tokens per second."""
+
+    def __init__(self, name: str, source: Source):
+        self.name, self.documents, self.tokens, self.begun = name, 0, 0, time.perf_counter()
+        self.bar = tqdm(desc=name, total=source.total_bytes, unit="B", unit_scale=True, dynamic_ncols=True)
+        if not self.bar.fp.isatty():
+            self.bar.mininterval = 30
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def update(self, batch: _Tokenised) -> None:
+        self.documents += len(batch.lengths)
+        self.tokens += len(batch.tokens)
+        speed = self.tokens / (time.perf_counter() - self.begun)
+        self.bar.set_postfix_str(f"{self.documents:,} documents, {speed / 1e6:.2f}M tokens/s", refresh=False)
+        self.bar.update(batch.bytes_read)

@@ -1,0 +1,73 @@
+"""``manifest.json`` beside the shards of a stream: what they were made from and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cheaper.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class Manifest:
+    """How a stream was converted (``made_from`` must agree to go on with it) and what came of it.
+
+    Counts are of finished shards; ``next_row`` and ``next_token`` say where to go on: so many raw rows are behind, and
+    so many tokens of the next one.
+    """
+
+    tokenizer_name: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int
+    sequence_length: int
+    source: dict[str, Any]
+    format: str
+    field: str
+    version: int = FORMAT_VERSION
+    complete: bool = False
+    documents: int = 0
+    rows: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    next_row: int = 0
+    next_token: int = 0
+    shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # until complete; then index.json has them
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Reads a manifest.
+
+        Raises:
+            FileNotFoundError: There is none.
+            UserError: It is not one of this version's.
+        """
+        try:
+            raw = json.loads(path.read_text())
+            known = {spec.name for spec in dataclasses.fields(cls)}
+            if raw["version"] != FORMAT_VERSION or set(raw) != known:
+                raise ValueError(f"version {raw['version']}, expected {FORMAT_VERSION}")
+            return cls(**raw)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a manifest of this version ({error})") from None
+
+    def write(self, path: Path) -> None:
+        """Replaces ``path`` in one step, so that a kill leaves the old or the new one."""
+        partial = path.with_name(f".{path.name}.partial")
+        with open(partial, "w") as file:
+            json.dump(dataclasses.asdict(self), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def made_from(self) -> dict[str, Any]:
+        """What must be equal for two conversions to be the same."""
+        names = ("tokenizer_fingerprint", "sequence_length", "source", "format", "field")
+        return {name: getattr(self, name) for name in names}

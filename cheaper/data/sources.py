@@ -1,0 +1,165 @@
+"""Raw rows, read as a stream: JSONL (plain, gz, zst, bz2), Parquet, text files, Hugging Face datasets.
+
+Rows leave here undecoded where decoding costs something (a line of JSON stays bytes), because this runs in one process
+and what follows in many.
+"""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import zstandard
+
+from cheaper.config import SourceConfig
+from cheaper.data.formats import UnusableRow
+from cheaper.errors import UserError
+
+OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    "": lambda file: file,
+    ".gz": lambda file: gzip.open(file),
+    ".bz2": lambda file: bz2.open(file),
+    ".zst": lambda file: zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True),
+}
+JSONL = (".jsonl", ".ndjson", ".json")
+TEXT = (".txt", ".text", ".md", ".rst")
+KINDS = f"{', '.join(JSONL)} (plain, .gz, .zst or .bz2), .parquet, {', '.join(TEXT)}"
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as it was read."""
+
+    content: bytes | dict[str, Any]  # a line of JSON, a text file (``is_text``), or columns
+    file: str
+    number: int  # within the file, from 0
+    is_text: bool = False
+
+    def parse(self) -> dict[str, Any]:
+        """The row's columns; a text file has one, ``text``.
+
+        Raises:
+            UnusableRow: It is not valid UTF-8, or not a JSON object.
+        """
+        if isinstance(self.content, dict):
+            return self.content
+        try:
+            text = self.content.decode("utf-8")
+            row = {"text": text} if self.is_text else json.loads(text)
+        except UnicodeDecodeError as error:
+            raise UnusableRow(f"invalid UTF-8 at byte {error.start}") from None
+        except (ValueError, RecursionError) as error:
+            raise UnusableRow(f"invalid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UnusableRow(f"a JSON {type(row).__name__}, expected an object")
+        return row
+
+
+class Source:
+    """The rows of one stream, always in the same order.
+
+    Args:
+        config: A path (file, folder or glob) or a Hugging Face dataset.
+        name: The key of the stream, for messages.
+
+    Raises:
+        UserError: There is nothing to read.
+    """
+
+    def __init__(self, config: SourceConfig, name: str):
+        if bool(config.path) == bool(config.dataset):
+            raise UserError(f"data.streams.{name}.source: expected exactly one of path and dataset")
+        self.config, self.name = config, name
+        self.files = _files(config.path, name) if config.path else []
+        self.total_bytes = sum(os.path.getsize(file) for file in self.files) or None
+        self._read_before = 0
+        self._open: BinaryIO | None = None
+
+    def bytes_read(self) -> int:
+        """How far reading has come, in bytes of the files as they lie on the disk."""
+        return self._read_before + (self._open.tell() if self._open and not self._open.closed else 0)
+
+    def __iter__(self) -> Iterator[RawRow]:
+        if self.config.dataset:
+            yield from self._dataset_rows()
+        for file in self.files:
+            if file.endswith(".parquet"):
+                yield from self._parquet_rows(file)
+            elif file.endswith(TEXT):
+                yield RawRow(Path(file).read_bytes(), file, 0, is_text=True)
+            else:
+                yield from self._lines(file)
+            self._read_before, self._open = self._read_before + os.path.getsize(file), None
+
+    def _lines(self, file: str) -> Iterator[RawRow]:
+        compression = next((suffix for suffix in OPENERS if suffix and file.endswith(suffix)), "")
+        with open(file, "rb") as self._open:
+            try:
+                stream = _buffered(OPENERS[compression](self._open))
+                if b"\0" in stream.peek(4096)[:4096]:
+                    raise UserError(f"data.streams.{self.name}: {file} is a binary file, expected lines of JSON")
+                for number, line in enumerate(stream):
+                    if not line.isspace():
+                        yield RawRow(line, file, number)
+            except (OSError, EOFError, zstandard.ZstdError) as error:
+                raise UserError(f"data.streams.{self.name}: {file} cannot be read to its end ({error})") from None
+
+    def _parquet_rows(self, file: str) -> Iterator[RawRow]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            number = 0
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    yield RawRow(row, file, number)
+                    number += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"data.streams.{self.name}: {file} is not a whole Parquet file ({reason})") from None
+
+    def _dataset_rows(self) -> Iterator[RawRow]:
+        import datasets
+
+        config = self.config
+        try:
+            rows = datasets.load_dataset(
+                config.dataset, config.subset, data_dir=config.data_dir, split=config.split, streaming=True
+            )
+            for number, row in enumerate(rows):
+                yield RawRow(row, config.dataset, number)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"data.streams.{self.name}: dataset {config.dataset} cannot be read ({reason})") from None
+
+
+def _buffered(stream: BinaryIO) -> io.BufferedReader:
+    """``stream`` with fast lines and a look ahead."""
+
+    return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, 1 << 20)
+
+
+def _files(pattern: str, name: str) -> list[str]:
+    """The files at a path or glob, sorted; below a folder those of a known kind."""
+    path = Path(pattern)
+    known = (*(kind + compression for kind in JSONL for compression in OPENERS), ".parquet", *TEXT)
+    if path.is_dir():
+        files = sorted(str(file) for file in path.rglob("*") if file.is_file() and file.name.endswith(known))
+        if not files:
+            raise UserError(f"data.streams.{name}: folder {pattern} holds no file of a known kind: {KINDS}")
+        return files
+    files = sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
+    if not files:
+        raise UserError(f"data.streams.{name}: there is no {pattern}")
+    for file in files:
+        if not file.endswith(known):
+            raise UserError(f"data.streams.{name}: {file} is of no known kind: {KINDS}")
+    return files
