@@ -44,6 +44,9 @@ class TokenProgressBar(LoggerDestination):
             # The last step may go past the budget: the bar ends at 100%.
             self.bar.update(min(int(state.timestamp.token), self.bar.total) - self.bar.n)
 
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self.close(state, logger)  # what is printed after training goes below the bar
+
     def close(self, state: State, logger: Logger) -> None:
         if self.bar is not None:
             self.bar.close()

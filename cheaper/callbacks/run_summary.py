@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
-from composer.utils import dist
+from composer.utils import dist, get_device
 
 from cheaper.checkpoints import write_atomically
 from cheaper.config import RunConfig
+from cheaper.models.attention import kernel_name
 
 
 class RunSummary(LoggerDestination):
@@ -41,8 +42,17 @@ class RunSummary(LoggerDestination):
         tokens, seconds = int(state.timestamp.token), state.timestamp.total_wct.total_seconds()
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
         speed, world = tokens / max(seconds, 1e-9), dist.get_world_size()
+        parameters = sum(parameter.numel() for parameter in state.model.parameters())
+        dtype = torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
         return {
             "run": self.config.run_name,
+            "model": f"{self.config.model.name}, {parameters / 1e6:.1f}M parameters",
+            "attention": kernel_name(
+                get_device(None)._device,
+                dtype,
+                self.config.model.use_flash_attention,
+                self.config.data.intra_document_attention,
+            ),
             "devices": f"{world} × {device}",
             "torch": torch.__version__,
             "precision": self.config.training.precision,

@@ -6,8 +6,8 @@ A document is BOS, its tokens, EOS. Documents are joined and cut into rows of ``
 the next row, and only the last row of a stream is shorter. Columns of a row: ``input_ids``, and ``lengths`` of the
 pieces of documents in it, both in the narrowest unsigned type.
 
-One process reads and writes, in order, so the shards are the same bytes whatever the number of workers. After each shard
-the manifest says where to go on; a conversion that was killed goes on from there with the same command.
+One process reads and writes, in order, so the shards are the same bytes whatever the number of workers. After each
+shard the manifest says where to go on; a conversion that was killed goes on from there with the same command.
 """
 
 from __future__ import annotations

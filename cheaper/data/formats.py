@@ -13,7 +13,7 @@ from cheaper.errors import UserError, did_you_mean
 Row = Mapping[str, Any]
 
 
-class UnusableRow(ValueError):
+class UnusableRow(ValueError):  # noqa: N818  the row is at fault, not the program
     """The row cannot become a document; the message says why."""
 
 

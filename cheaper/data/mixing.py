@@ -1,8 +1,8 @@
 """The order of a mixture: at every moment the streams are consumed in the asked proportions.
 
 Streaming's own ``random`` batching shuffles all shards together, so that a stream of few large shards comes early or
-late; its ``stratified`` batching needs a row of every stream in every batch. Here each stream is shuffled on its own and
-the streams are then interleaved evenly: after any number of rows every stream is within one row of its share.
+late; its ``stratified`` batching needs a row of every stream in every batch. Here each stream is shuffled on its own,
+and the streams are interleaved evenly: after any number of rows every stream is within one row of its share.
 """
 
 from __future__ import annotations

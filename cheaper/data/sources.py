@@ -25,8 +25,8 @@ from cheaper.errors import UserError
 
 OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
     "": lambda file: file,
-    ".gz": lambda file: gzip.open(file),
-    ".bz2": lambda file: bz2.open(file),
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": bz2.BZ2File,
     ".zst": lambda file: zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True),
 }
 JSONL = (".jsonl", ".ndjson", ".json")

@@ -37,6 +37,10 @@ from cheaper.models.decoder import IGNORED, count_targets
 class MixedTokenDataset(StreamingDataset):
     """Rows of tokens drawn from several streams; each row knows its stream and its number."""
 
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self.batching_method = EVENLY  # the constructor takes only streaming's own
+
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         row = super().get_item(sample_id, retry)
         shard_id, _ = self.spanner[sample_id]
@@ -65,7 +69,6 @@ def build_dataloader(data: DataConfig, batch_size: int, seed: int) -> DataSpec:
         shuffle=data.shuffle,
         shuffle_seed=seed,
         num_canonical_nodes=data.canonical_nodes,
-        batching_method=EVENLY,
     )
     loader = DataLoader(
         dataset,
