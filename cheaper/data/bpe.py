@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import re
 from typing import Any
 
 import tiktoken
@@ -10,17 +10,30 @@ import tokenizers
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+# Alternatives of patterns: each kind matches every character of its class, so a pattern with one of each kind and
+# nothing unknown splits a text without leaving anything out, and never matches the empty text.
+ALTERNATIVES = {
+    "letters": {r"\p{L}+", r" ?\p{L}+", r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\r\n\p{L}\p{N}]?+\p{L}+"},
+    "numbers": {r"\p{N}", r"\p{N}+", r" ?\p{N}", r" ?\p{N}+", r"\p{N}{1,2}", r"\p{N}{1,3}"},
+    "others": {r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]++[\r\n]*"},
+    "spaces": {r"\s+"},
+    "further": {r"\s+(?!\S)", r"\s*[\r\n]+", r"\s*[\r\n]", "'s", "'t", "'re", "'ve", "'m", "'ll", "'d"}
+    | {"'(?:[sdmt]|ll|ve|re)", "(?i:'s|'t|'re|'ve|'m|'ll|'d)", "'(?i:[sdmt]|ll|ve|re)"},
+}
+
 
 def as_tiktoken(raw: dict[str, Any]) -> tiktoken.Encoding | None:
     """The same tokenizer for tiktoken, several times faster, or ``None`` where the two could differ.
 
-    Both split by a pattern and then merge pairs of neighbours. Hugging Face merges the pair that comes first in its
-    list; tiktoken merges the pair whose union has the lowest id, the leftmost of equals, and takes a piece that is a
-    word whole. They do the same on every text if
+    Both cut the text into pieces by a pattern and merge neighbours in each piece: Hugging Face the pair that comes
+    first in its list, tiktoken the pair whose union has the lowest id, both the leftmost of equals. They agree if
 
-    1. the list holds every pair of words whose union is a word, ordered by the id of the union,
-    2. of two pairs with one union that can overlap, (x, y) and (y, z), the left one comes first in the list, and
-    3. a piece that is a word is taken whole (``ignore_merges``), or merging the piece gives that word.
+    1. the list is ordered by the id of the union, and
+    2. for each word, merging its characters by the list gives the word, or all pairs that make it are in the list.
+
+    For say they agree so far, and x, y with the word xy are neighbours. No merge crossed the borders of xy, so merging
+    xy alone comes by (x, y) too, and as that never has two such pairs, (x, y) is the one it ends with: by 2, it is in
+    the list. So both choose among the same pairs, by 1 in the same order, and agree one step further.
 
     Args:
         raw: The content of ``tokenizer.json``.
@@ -32,21 +45,40 @@ def as_tiktoken(raw: dict[str, Any]) -> tiktoken.Encoding | None:
     special = {token["content"]: token["id"] for token in raw.get("added_tokens", []) if token.get("special")}
     if len(special) != len(raw.get("added_tokens", [])):
         return None  # an added word that is no special token is cut out of the text before the pattern
+    takes_whole = bool(model.get("ignore_merges"))  # a piece that is a word is taken whole, as tiktoken does
+    cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated").pre_tokenize_str
+    if takes_whole and any(token in model["vocab"] and len(cut(token)) == 1 for token in special):
+        return None  # a piece that spells a special token would become it
     to_byte = {character: byte for byte, character in _byte_characters().items()}
     words = {word: id for word, id in model["vocab"].items() if word not in special}
-    if any(character not in to_byte for word in words for character in word):
+    if not all(character in words for character in to_byte) or any(not to_byte.keys() >= set(word) for word in words):
         return None
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
-    if not _same_merges(words, merges) or not (model.get("ignore_merges") or _words_merge_whole(words, merges)):
+    if not _agree(words, merges, takes_whole):
         return None
     ranks = {bytes(to_byte[character] for character in word): id for word, id in words.items()}
-    if any(bytes([byte]) not in ranks for byte in range(256)):
-        return None
     return tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
+def _agree(words: dict[str, int], merges: list[tuple[str, str]], takes_whole: bool) -> bool:
+    """Conditions 1 and 2 of ``as_tiktoken``, and that a piece that is a word becomes that word."""
+    if any(a not in words or b not in words or a + b not in words for a, b in merges):
+        return False
+    unions = [words[a + b] for a, b in merges]
+    if unions != sorted(unions):
+        return False
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=merges))
+    encodings = bare.encode_batch_fast(list(words), add_special_tokens=False)
+    halves = [word for (word, id), encoding in zip(words.items(), encodings, strict=True) if encoding.ids != [id]]
+    if halves and not takes_whole:
+        return False
+    listed = set(merges)
+    cuts = ((word[:i], word[i:]) for word in halves for i in range(1, len(word)))
+    return all((a, b) in listed for a, b in cuts if a in words and b in words)
+
+
 def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
-    """The pattern of a byte-level pre-tokenizer that only splits."""
+    """The pattern of a byte-level pre-tokenizer that only splits, if it leaves no character out."""
     if not pre_tokenizer:
         return None
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
@@ -55,40 +87,19 @@ def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
         return None
     if len(steps) == 1 and byte_level["use_regex"]:
         return GPT2_PATTERN
-    if len(steps) == 2 and steps[0]["type"] == "Split" and not byte_level["use_regex"]:
-        split = steps[0]
-        plain = split["behavior"] in ("Isolated", "Removed") and split["invert"] == (split["behavior"] == "Removed")
-        return split["pattern"].get("Regex") if plain else None
-    return None
+    if len(steps) != 2 or steps[0]["type"] != "Split" or byte_level["use_regex"]:
+        return None
+    split = steps[0]
+    isolates = (split["behavior"], split["invert"]) in (("Isolated", False), ("Removed", True))
+    pattern = split["pattern"].get("Regex")
+    return pattern if isolates and pattern and _leaves_nothing_out(pattern) else None
 
 
-def _same_merges(words: dict[str, int], merges: list[tuple[str, str]]) -> bool:
-    """Conditions 1 and 2 of ``as_tiktoken``."""
-    unions = [words.get(a + b, -1) for a, b in merges]
-    if -1 in unions or unions != sorted(unions):
-        return False
-    listed = {merge: position for position, merge in enumerate(merges)}
-    by_union = defaultdict(list)
-    for word in words:
-        for cut in range(1, len(word)):
-            pair = (word[:cut], word[cut:])
-            if pair[0] in words and pair[1] in words:
-                if pair not in listed:
-                    return False
-                by_union[word].append(pair)
-    return not any(
-        left[1] == right[0] and listed[left] > listed[right]
-        for pairs in by_union.values()
-        for left in pairs
-        for right in pairs
-    )
-
-
-def _words_merge_whole(words: dict[str, int], merges: list[tuple[str, str]]) -> bool:
-    """Whether merging the characters of each word gives that one word."""
-    bare = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=words, merges=merges))
-    encodings = bare.encode_batch_fast(list(words), add_special_tokens=False)
-    return all(encoding.ids == [id] for encoding, id in zip(encodings, words.values(), strict=True))
+def _leaves_nothing_out(pattern: str) -> bool:
+    alternatives = set(re.findall(r"(?:\([^)]*\)|[^|(])+", pattern))
+    known = set().union(*ALTERNATIVES.values())
+    classes = ("letters", "numbers", "others", "spaces")
+    return alternatives <= known and all(alternatives & ALTERNATIVES[name] for name in classes)
 
 
 def _byte_characters() -> dict[int, str]:

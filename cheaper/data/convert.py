@@ -89,7 +89,7 @@ def convert_stream(
                 processes,
                 multiprocessing.get_context("spawn"),
                 _start_worker,
-                (data.tokenizer, data.trust_remote_code, stream.format, stream.field),
+                (tokenizer, stream.format, stream.field),
             ) as pool,
             _Progress(name, source) as progress,
         ):
@@ -158,11 +158,11 @@ class _Tokenised:
     bytes_read: int
 
 
-def _start_worker(tokenizer: str, trust_remote_code: bool, format_name: str, field: str) -> None:
+def _start_worker(tokenizer: Tokenizer, format_name: str, field: str) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    _worker = (load_tokenizer(tokenizer, trust_remote_code), get_format(format_name, field))
+    _worker = (tokenizer, get_format(format_name, field))
 
 
 def _tokenise(batch: tuple[list[RawRow], int, int]) -> _Tokenised:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -72,8 +73,14 @@ class Tokenizer:
     ):
         self.name, self.vocab_size, self.engine = name, vocab_size, engine
         self.bos_id, self.eos_id = bos_id, eos_id
+        if isinstance(engine, tokenizers.Tokenizer):
+            engine.encode_special_tokens = True  # what text spells is text
         identity = f"{vocab_size} {bos_id} {eos_id} ".encode() + _identity(engine)
         self.fingerprint = hashlib.sha256(identity).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Through __init__, because a pickled engine forgets encode_special_tokens.
+        return Tokenizer, (self.name, self.vocab_size, self.bos_id, self.eos_id, self.engine)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of ``text``, uint32, without BOS and EOS."""
@@ -105,7 +112,10 @@ def _identity(engine: tiktoken.Encoding | tokenizers.Tokenizer) -> bytes:
         words = sorted((rank, word.hex()) for word, rank in engine._mergeable_ranks.items())
         return json.dumps([engine._pat_str, words]).encode()
     raw = json.loads(engine.to_str())
-    return json.dumps([raw[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]).encode()
+    if merges := raw["model"].get("merges"):  # versions write a pair as a list or as one string
+        raw["model"]["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    parts = [raw[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
+    return json.dumps(parts, sort_keys=True).encode()
 
 
 @functools.lru_cache(maxsize=4)
@@ -145,13 +155,12 @@ def _llama3(path: Path) -> Tokenizer:
 def _hugging_face(folder: Path, name: str) -> Tokenizer:
     file = folder / "tokenizer.json"
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        engine = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        content = file.read_text(encoding="utf-8")
+        engine = tokenizers.Tokenizer.from_str(content)
     except FileNotFoundError:
         raise UserError(f"tokenizer {name}: there is no {file}") from None
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(f"tokenizer {name}: {file} is not a tokenizer ({' '.join(str(error).split())[:100]})") from None
-    engine.encode_special_tokens = True  # what text spells is text
     engine.no_truncation()
     engine.no_padding()
     ids = _boundary_ids(folder, engine)
@@ -162,7 +171,7 @@ def _hugging_face(folder: Path, name: str) -> Tokenizer:
         vocab_size=1 + max(engine.get_vocab(with_added_tokens=True).values()),
         bos_id=ids.get("bos_token"),
         eos_id=ids["eos_token"],
-        engine=as_tiktoken(raw) or engine,
+        engine=as_tiktoken(json.loads(content)) or engine,
     )
 
 
