@@ -135,11 +135,16 @@ def test_no_vocabulary_is_taken_with_which_tiktoken_disagrees():
         ("normalizer", {"type": "NFC"}),
         ("pre_tokenizer", None),
         ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}),
-        ("added_tokens", [{"id": 999, "content": "word", "special": False}]),
     ],
 )
 def test_what_does_more_than_split_and_merge_is_refused(small, key, value):
     assert as_tiktoken({**small, key: value}) is None
+
+
+def test_words_that_are_cut_out_before_the_split_are_refused(small):
+    word = {"id": 999, "content": "zzz", "special": False}
+    assert as_tiktoken({**small, "added_tokens": [*small["added_tokens"], word]}) is None
+    assert as_tiktoken({**small, "added_tokens": [*small["added_tokens"], {**word, "special": True}]})
 
 
 @pytest.mark.parametrize("pattern", [r"\p{L}+", r"\p{L}+|\p{N}+|\s+", rf"x*|{GPT2_PATTERN}", rf"(?=a)|{SPLIT}"])
