@@ -58,9 +58,6 @@ class Tokenizer:
         bos_id: Id that starts a document, if the vocabulary has one.
         eos_id: Id that ends a document.
         engine: What encodes.
-
-    Attributes:
-        fingerprint: SHA-256 of all that decides the ids of a text, the same for one vocabulary in two file formats.
     """
 
     def __init__(
