@@ -12,14 +12,17 @@ shard the manifest says where to go on; a conversion that was killed goes on fro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +37,7 @@ from tqdm import tqdm
 
 from cheaper.config import DataConfig, StreamConfig
 from cheaper.data.formats import UnusableRow, get_format
-from cheaper.data.manifest import Manifest
+from cheaper.data.manifest import MANIFEST, Manifest
 from cheaper.data.sources import RawRow, Source
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
 from cheaper.errors import UserError, did_you_mean
@@ -76,37 +79,43 @@ def convert_stream(
 ) -> Manifest:
     """Converts one stream into ``<data.root>/<name>``, or goes on where a killed conversion stopped."""
     get_format(stream.format, stream.field)  # a wrong name is told before anything is made
-    source = Source(stream.source, name)
     remote = f"{data.root}/{name}" if "://" in data.root else None
-    folder = Path(data.cache, data.name, name) if remote else Path(data.root, name)
-    manifest = _open_folder(folder, _new_manifest(stream, tokenizer, sequence_length))
+    folder = Path(data.cache, "converting", data.root.replace("://", "/"), name) if remote else Path(data.root, name)
+    manifest = _new_manifest(stream, tokenizer, sequence_length)
+    if earlier := _earlier_manifest(folder, remote):
+        for key, now in manifest.made_from().items():
+            if earlier.made_from()[key] != now:
+                was = f"was made with {key} {earlier.made_from()[key]}, now it is {now}"
+                raise UserError(f"{remote or folder} {was}; choose another data.root")
+        manifest = earlier
     if manifest.complete:
-        print(f"{name}: {manifest.tokens:,} tokens in {manifest.rows:,} rows, finished before ({folder})")
+        print(f"{name}: {manifest.tokens:,} tokens in {manifest.rows:,} rows, finished before ({remote or folder})")
         return manifest
+    source = Source(stream.source, name)
+    if manifest.source_bytes not in (None, source.total_bytes):
+        was = f"had {manifest.source_bytes} bytes when the conversion into {folder} began, now {source.total_bytes}"
+        raise UserError(f"data.streams.{name}: {stream.source.path} {was}; choose another data.root")
+    manifest.source_bytes = source.total_bytes
     try:
         with (
-            ProcessPoolExecutor(
-                processes,
-                multiprocessing.get_context("spawn"),
-                _start_worker,
-                (tokenizer, stream.format, stream.field),
-            ) as pool,
+            _locked(folder),
+            _pool(processes, tokenizer, stream.format, stream.field) as pool,
             _Progress(name, source) as progress,
         ):
+            manifest.write(folder / MANIFEST)  # marks the folder as this conversion's
             batches = _in_order(pool, _tokenise, _batches(source, manifest.next_row), processes * BATCHES_AHEAD)
             _write(batches, folder, remote, manifest, progress)
     except BrokenProcessPool:
         raise UserError(f"data.streams.{name}: a worker process died; the same command goes on from here") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(
-            f"data.streams.{name}: {folder} cannot be written ({error.strerror}); "
-            "free some space, and the same command goes on from here"
-        ) from None
+    except OSError as error:  # reading has errors of its own, see Source
+        room = "free some space, and " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        why = f"cannot be written ({error.strerror or error}); {room}the same command goes on from here"
+        raise UserError(f"data.streams.{name}: {folder} {why}") from None
     except KeyboardInterrupt:
         raise UserError(f"data.streams.{name}: stopped; the same command goes on from here") from None
-    print(f"{name}: {manifest.tokens:,} tokens in {manifest.rows:,} rows, {manifest.skipped:,} skipped ({folder})")
+    print(
+        f"{name}: {manifest.tokens:,} tokens in {manifest.rows:,} rows, {manifest.skipped:,} skipped ({remote or folder})"
+    )
     return manifest
 
 
@@ -124,23 +133,60 @@ def _new_manifest(stream: StreamConfig, tokenizer: Tokenizer, sequence_length: i
     )
 
 
-def _open_folder(folder: Path, new: Manifest) -> Manifest:
-    """The manifest to go on with: the one in ``folder`` if it is of the same conversion, else ``new``."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty and holds no manifest.json; choose another data.root")
+def _earlier_manifest(folder: Path, remote: str | None) -> Manifest | None:
+    """The manifest of an earlier conversion into ``folder``, or of a finished one uploaded to ``remote``."""
+    try:
+        return Manifest.read(folder / MANIFEST)
+    except FileNotFoundError:
+        if folder.exists() and any(not path.name.startswith(f".{MANIFEST}") for path in folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no {MANIFEST}; choose another data.root") from None
+    if not remote:
+        return None
+    from streaming.base.storage import CloudDownloader
+
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, MANIFEST)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"data.root: {folder} cannot be made ({error.strerror})") from None
-        return new
-    old = Manifest.read(path)
-    for key, value in new.made_from().items():
-        if old.made_from()[key] != value:
-            was = old.made_from()[key]
-            raise UserError(f"{folder} was made with {key} {was}, now it is {value}; choose another data.root")
-    return old
+            CloudDownloader.direct_download(f"{remote}/{MANIFEST}", str(path))
+            return Manifest.read(path)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # of a storage library
+            raise UserError(f"data.root: {remote} cannot be read ({_one_line(error)})") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Makes ``folder`` and keeps other conversions out of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder}: another conversion is writing there") from None
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _pool(processes: int, tokenizer: Tokenizer, format_name: str, field: str) -> Iterator[ProcessPoolExecutor]:
+    """Workers that leave Ctrl-C to the parent."""
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, spawn, _start_worker, (tokenizer, format_name, field))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children inherit it; all start here
+    try:
+        pool.submit(os.getpid)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- in the workers
@@ -161,8 +207,14 @@ class _Tokenised:
 def _start_worker(tokenizer: Tokenizer, format_name: str, field: str) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = (tokenizer, get_format(format_name, field))
+
+
+def _end_with_parent() -> None:
+    # A worker whose parent was killed would wait for its next batch for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _tokenise(batch: tuple[list[RawRow], int, int]) -> _Tokenised:
@@ -221,10 +273,15 @@ def _batches(source: Source, skip: int) -> Iterator[tuple[list[RawRow], int, int
         yield batch, count - len(batch), source.bytes_read() - read_before
 
 
-def _size(row: RawRow) -> int:
-    if isinstance(row.content, bytes):
-        return len(row.content)
-    return sum(len(value) if isinstance(value, str) else 200 for value in row.content.values())
+def _size(value: Any) -> int:
+    """About how many bytes a raw row or a value in it takes."""
+    if isinstance(value, RawRow):
+        return _size(value.content)
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_size, value.values()))
+    return sum(map(_size, value)) if isinstance(value, list) else 8
 
 
 def _in_order(
@@ -314,17 +371,21 @@ class _ShardWriter:
         self.dtype, self.length_dtype = narrowest(manifest.vocab_size), narrowest(manifest.sequence_length + 1)
         columns = {"input_ids": f"ndarray:{self.dtype}", "lengths": f"ndarray:{self.length_dtype}"}
         with tempfile.TemporaryDirectory() as empty:  # streaming takes no folder that holds shards already
-            self.mds = MDSWriter(out=(empty, remote) if remote else empty, columns=columns, size_limit=SHARD_BYTES)
+            try:
+                self.mds = MDSWriter(out=(empty, remote) if remote else empty, columns=columns, size_limit=SHARD_BYTES)
+            except Exception as error:  # of a storage library
+                raise UserError(f"data.root: {remote or folder} cannot be written ({_one_line(error)})") from None
         self.mds.local = self.mds.cloud_writer.local = str(folder)
         self.mds.shards = list(manifest.shards)
         self.rows, self.tokens = manifest.rows, manifest.tokens
         if remote:  # what a killed conversion had not uploaded yet
             for shard in self.mds.shards:
                 if (folder / shard["raw_data"]["basename"]).exists():
-                    self.mds.cloud_writer.upload_file(shard["raw_data"]["basename"])
+                    self._upload(shard["raw_data"]["basename"])
 
     def write(self, tokens: np.ndarray, lengths: np.ndarray, position: _Position) -> None:
         shards = len(self.mds.shards)
+        self._check_uploads()
         self.mds.write({"input_ids": tokens, "lengths": lengths.astype(self.length_dtype)})
         if len(self.mds.shards) > shards:  # streaming closed a shard; this row is the first of the next
             self._keep(position)
@@ -339,24 +400,37 @@ class _ShardWriter:
         # MDSWriter.finish would also delete the folder after an upload, and with it the manifest.
         self.mds._write_index()
         self.mds.executor.shutdown(wait=True)
-        if self.mds.event.is_set():
-            raise UserError(f"{self.mds.remote}: an upload failed; the same command goes on from here")
+        self._check_uploads()
         self.manifest.complete, self.manifest.skipped, self.manifest.shards = True, skipped, []
-        path = self.folder / "manifest.json"
-        self.manifest.write(path)
         if self.mds.remote:
-            self.mds.cloud_writer.upload_file(path.name)
-            self.manifest.write(path)
+            with tempfile.TemporaryDirectory() as temporary:  # an upload removes its file
+                self.manifest.write(Path(temporary, MANIFEST))
+                self.mds.cloud_writer.local = temporary
+                self._upload(MANIFEST)
+        self.manifest.write(self.folder / MANIFEST)
+
+    def _upload(self, name: str) -> None:
+        try:
+            self.mds.cloud_writer.upload_file(name)
+        except Exception as error:  # of a storage library
+            raise self._upload_failed(_one_line(error)) from None
+
+    def _check_uploads(self) -> None:
+        if self.mds.event.is_set():  # streaming has logged why
+            self.mds.cancel_future_jobs()
+            raise self._upload_failed("see above")
+
+    def _upload_failed(self, reason: str) -> UserError:
+        return UserError(f"an upload to {self.mds.remote} failed ({reason}); the same command goes on from here")
 
     def _keep(self, position: _Position) -> None:
         newest = self.folder / self.mds.shards[-1]["raw_data"]["basename"]
-        if newest.exists():  # else it is uploaded already
-            with open(newest, "rb+") as file:
-                os.fsync(file.fileno())
+        with contextlib.suppress(FileNotFoundError), open(newest, "rb+") as file:  # it may be uploaded already
+            os.fsync(file.fileno())
         self.manifest.rows, self.manifest.tokens = self.rows, self.tokens
         self.manifest.next_row, self.manifest.next_token = position.row, position.token
         self.manifest.documents, self.manifest.shards = position.documents, self.mds.shards
-        self.manifest.write(self.folder / "manifest.json")
+        self.manifest.write(self.folder / MANIFEST)
 
 
 def _write(
@@ -377,21 +451,29 @@ def _write(
         progress.update(batch)
     for row in cutter.rows(last=True):
         writer.write(*row)
-    skipped = side_file.read_text().splitlines()
+    with open(side_file) as file:
+        first = file.readline()
+        skipped = bool(first) + sum(1 for _ in file)
     if not writer.rows:
         where = manifest.source["path"] or manifest.source["dataset"]
         reason = (
-            f"all {len(skipped)} rows were skipped, the first: {json.loads(skipped[0])['reason']}" if skipped else ""
+            f"all {skipped} rows were skipped, the first: {json.loads(first)['reason']}" if first else "it is empty"
         )
         shutil.rmtree(folder)
-        raise UserError(f"data.streams.{progress.name}: {where} gave no text; {reason or 'it is empty'}")
-    writer.finish(_Position(raw_rows, 0, cutter.documents), len(skipped))
+        raise UserError(f"data.streams.{progress.name}: {where} gave no text; {reason}")
+    writer.finish(_Position(raw_rows, 0, cutter.documents), skipped)
 
 
 def _drop_rows_from(side_file: Path, next_row: int) -> None:
-    """Removes from the side file the rows that will be met again, and a line that a kill cut short."""
-    lines = side_file.read_text().split("\n")[:-1] if side_file.exists() else []
-    side_file.write_text("".join(line + "\n" for line in lines if json.loads(line)["row"] < next_row))
+    """Cuts from the side file the rows that will be met again, and a line that a kill cut short."""
+    with open(side_file, "ab+") as file:
+        file.seek(0)
+        size = 0
+        for line in file:
+            if not line.endswith(b"\n") or json.loads(line)["row"] >= next_row:
+                break
+            size += len(line)
+        file.truncate(size)
 
 
 class _Progress:

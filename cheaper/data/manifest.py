@@ -12,6 +12,7 @@ from typing import Any
 from cheaper.errors import UserError
 
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Manifest:
     source: dict[str, Any]
     format: str
     field: str
+    source_bytes: int | None = None  # of all files when the conversion began
     version: int = FORMAT_VERSION
     complete: bool = False
     documents: int = 0
@@ -51,8 +53,7 @@ class Manifest:
         """
         try:
             raw = json.loads(path.read_text())
-            known = {spec.name for spec in dataclasses.fields(cls)}
-            if raw["version"] != FORMAT_VERSION or set(raw) != known:
+            if raw["version"] != FORMAT_VERSION:
                 raise ValueError(f"version {raw['version']}, expected {FORMAT_VERSION}")
             return cls(**raw)
         except (ValueError, KeyError, TypeError) as error:

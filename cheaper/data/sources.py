@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,23 +95,32 @@ class Source:
             if file.endswith(".parquet"):
                 yield from self._parquet_rows(file)
             elif file.endswith(TEXT):
-                yield RawRow(Path(file).read_bytes(), file, 0, is_text=True)
+                yield self._text(file)
             else:
                 yield from self._lines(file)
             self._read_before, self._open = self._read_before + os.path.getsize(file), None
 
     def _lines(self, file: str) -> Iterator[RawRow]:
         compression = next((suffix for suffix in OPENERS if suffix and file.endswith(suffix)), "")
-        with open(file, "rb") as self._open:
-            try:
+        try:
+            with open(file, "rb") as self._open:
                 stream = _buffered(OPENERS[compression](self._open))
                 if b"\0" in stream.peek(4096)[:4096]:
                     raise UserError(f"data.streams.{self.name}: {file} is a binary file, expected lines of JSON")
                 for number, line in enumerate(stream):
                     if not line.isspace():
                         yield RawRow(line, file, number)
-            except (OSError, EOFError, zstandard.ZstdError) as error:
-                raise UserError(f"data.streams.{self.name}: {file} cannot be read to its end ({error})") from None
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise self._unreadable(file, error) from None
+
+    def _text(self, file: str) -> RawRow:
+        try:
+            return RawRow(Path(file).read_bytes(), file, 0, is_text=True)
+        except OSError as error:
+            raise self._unreadable(file, error) from None
+
+    def _unreadable(self, file: str, error: Exception) -> UserError:
+        return UserError(f"data.streams.{self.name}: {file} cannot be read to its end ({error})")
 
     def _parquet_rows(self, file: str) -> Iterator[RawRow]:
         import pyarrow

@@ -9,6 +9,7 @@ import base64
 import functools
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,9 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> Tokenizer:
         return _llama3(path)
     if path.is_dir() or source.startswith((".", "/")):
         return _hugging_face(path, source)
-    return _hugging_face(_download(source, trust_remote_code), source)
+    with tempfile.TemporaryDirectory() as folder:
+        _download(source, trust_remote_code, folder)
+        return _hugging_face(Path(folder), source)
 
 
 def _llama3(path: Path) -> Tokenizer:
@@ -181,9 +184,7 @@ def _boundary_ids(folder: Path, engine: tokenizers.Tokenizer) -> dict[str, int |
     return {key: engine.token_to_id(text) for key, text in texts.items() if text is not None}
 
 
-def _download(source: str, trust_remote_code: bool) -> Path:
-    import tempfile
-
+def _download(source: str, trust_remote_code: bool, folder: str) -> None:
     from transformers import AutoTokenizer  # slow to import, and only needed here
 
     try:
@@ -191,6 +192,4 @@ def _download(source: str, trust_remote_code: bool) -> Path:
     except (OSError, ValueError) as error:
         hint = "a folder, a hub id, or a tiktoken .model file such as Llama 3's"
         raise UserError(f"tokenizer {source}: not found; expected {hint} ({str(error).splitlines()[0]})") from None
-    folder = Path(tempfile.mkdtemp(prefix="cheaper-tokenizer-"))
     tokenizer.save_pretrained(folder)
-    return folder
