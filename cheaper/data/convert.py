@@ -38,13 +38,14 @@ from tqdm import tqdm
 from cheaper.config import DataConfig, StreamConfig
 from cheaper.data.formats import UnusableRow, get_format
 from cheaper.data.manifest import MANIFEST, Manifest
+from cheaper.data.rows import Position, RowCutter
+from cheaper.data.shards import ShardWriter, narrowest, one_line
 from cheaper.data.sources import RawRow, Source
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
 from cheaper.errors import UserError, did_you_mean
 
 BATCH_BYTES = 1 << 20  # raw bytes handed to a worker at a time
 BATCHES_AHEAD = 3  # per worker; bounds the memory
-SHARD_BYTES = 1 << 26
 
 
 def convert_mixture(
@@ -88,11 +89,12 @@ def convert_stream(
                 was = f"was made with {key} {earlier.made_from()[key]}, now it is {now}"
                 raise UserError(f"{remote or folder} {was}; choose another data.root")
         manifest = earlier
+    where = remote or folder
     if manifest.complete:
-        print(f"{name}: {manifest.tokens:,} tokens in {manifest.rows:,} rows, finished before ({remote or folder})")
+        print(f"{name}: {manifest.tokens:,} tokens in {manifest.rows:,} rows, finished before ({where})")
         return manifest
     source = Source(stream.source, name)
-    if manifest.source_bytes not in (None, source.total_bytes):
+    if manifest.shards and manifest.source_bytes != source.total_bytes:
         was = f"had {manifest.source_bytes} bytes when the conversion into {folder} began, now {source.total_bytes}"
         raise UserError(f"data.streams.{name}: {stream.source.path} {was}; choose another data.root")
     manifest.source_bytes = source.total_bytes
@@ -113,9 +115,7 @@ def convert_stream(
         raise UserError(f"data.streams.{name}: {folder} {why}") from None
     except KeyboardInterrupt:
         raise UserError(f"data.streams.{name}: stopped; the same command goes on from here") from None
-    print(
-        f"{name}: {manifest.tokens:,} tokens in {manifest.rows:,} rows, {manifest.skipped:,} skipped ({remote or folder})"
-    )
+    print(f"{name}: {manifest.tokens:,} tokens in {manifest.rows:,} rows, {manifest.skipped:,} skipped ({where})")
     return manifest
 
 
@@ -152,11 +152,7 @@ def _earlier_manifest(folder: Path, remote: str | None) -> Manifest | None:
         except FileNotFoundError:
             return None
         except Exception as error:  # of a storage library
-            raise UserError(f"data.root: {remote} cannot be read ({_one_line(error)})") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]
+            raise UserError(f"data.root: {remote} cannot be read ({one_line(error)})") from None
 
 
 @contextlib.contextmanager
@@ -249,11 +245,6 @@ def _tokenise(batch: tuple[list[RawRow], int, int]) -> _Tokenised:
     )
 
 
-def narrowest(values: int) -> np.dtype:
-    """The narrowest of uint8, uint16 and uint32 that holds 0 … ``values`` - 1."""
-    return np.min_scalar_type(values - 1)
-
-
 # ---- in the parent
 
 
@@ -298,153 +289,18 @@ def _in_order(
         yield waiting.popleft().result()
 
 
-@dataclass(frozen=True)
-class _Position:
-    """Where a row begins: in which raw row, at which of its tokens, after how many documents."""
-
-    row: int
-    token: int
-    documents: int
-
-
-class _RowCutter:
-    """Joins documents and cuts them into rows, knowing where each begins.
-
-    Args:
-        length: Tokens per row.
-        start: Where the first row begins.
-    """
-
-    def __init__(self, length: int, start: _Position):
-        self.length = length
-        self.tokens: np.ndarray | None = None  # those of no row yet
-        self.lengths = np.empty(0, np.int64)  # of the documents in ``tokens``
-        self.ordinals = np.empty(0, np.int64)  # their raw rows
-        self.cut_off = 0  # tokens of the first document that are in earlier rows
-        self.documents = start.documents  # those behind
-        self._skip = start.token
-
-    def add(self, batch: _Tokenised) -> None:
-        self.tokens = batch.tokens if self.tokens is None else np.concatenate([self.tokens, batch.tokens])
-        self.lengths = np.concatenate([self.lengths, batch.lengths])
-        self.ordinals = np.concatenate([self.ordinals, batch.ordinals])
-        if self._skip and len(self.lengths):
-            self.tokens, self.cut_off, self._skip = self.tokens[self._skip :], self._skip, 0
-            self.lengths[0] -= self.cut_off
-
-    def rows(self, last: bool = False) -> Iterator[tuple[np.ndarray, np.ndarray, _Position]]:
-        """Yields the whole rows, and with ``last`` what is left: tokens, lengths of the pieces, where it begins."""
-        ends = np.cumsum(self.lengths)
-        total = 0 if self.tokens is None else len(self.tokens)
-        stop = total if last else total - total % self.length
-        for begin in range(0, stop, self.length):
-            end = min(begin + self.length, total)
-            first, behind = np.searchsorted(ends, [begin, end - 1], side="right")
-            lengths = np.diff([begin, *ends[first:behind], end])
-            yield self.tokens[begin:end], lengths, self._position(ends, first, begin)
-        if stop:
-            first = int(np.searchsorted(ends, stop, side="right"))
-            self.cut_off = self._position(ends, first, stop).token if first < len(ends) else 0
-            self.tokens, self.lengths, self.ordinals = self.tokens[stop:], self.lengths[first:], self.ordinals[first:]
-            if len(self.lengths):
-                self.lengths[0] = ends[first] - stop
-            self.documents += first
-
-    def _position(self, ends: np.ndarray, document: int, token: int) -> _Position:
-        begin = ends[document] - self.lengths[document] - (0 if document else self.cut_off)
-        return _Position(int(self.ordinals[document]), int(token - begin), self.documents + int(document))
-
-
-class _ShardWriter:
-    """Writes rows as MDS shards, and after each shard the manifest that says where the next begins.
-
-    Args:
-        folder: Where the shards go.
-        remote: Where streaming uploads them to; each is removed from ``folder`` once it is there.
-        manifest: Of the shards so far; kept up to date.
-    """
-
-    def __init__(self, folder: Path, remote: str | None, manifest: Manifest):
-        from streaming import MDSWriter  # slow to import, and the workers need none of it
-
-        self.folder, self.manifest = folder, manifest
-        self.dtype, self.length_dtype = narrowest(manifest.vocab_size), narrowest(manifest.sequence_length + 1)
-        columns = {"input_ids": f"ndarray:{self.dtype}", "lengths": f"ndarray:{self.length_dtype}"}
-        with tempfile.TemporaryDirectory() as empty:  # streaming takes no folder that holds shards already
-            try:
-                self.mds = MDSWriter(out=(empty, remote) if remote else empty, columns=columns, size_limit=SHARD_BYTES)
-            except Exception as error:  # of a storage library
-                raise UserError(f"data.root: {remote or folder} cannot be written ({_one_line(error)})") from None
-        self.mds.local = self.mds.cloud_writer.local = str(folder)
-        self.mds.shards = list(manifest.shards)
-        self.rows, self.tokens = manifest.rows, manifest.tokens
-        if remote:  # what a killed conversion had not uploaded yet
-            for shard in self.mds.shards:
-                if (folder / shard["raw_data"]["basename"]).exists():
-                    self._upload(shard["raw_data"]["basename"])
-
-    def write(self, tokens: np.ndarray, lengths: np.ndarray, position: _Position) -> None:
-        shards = len(self.mds.shards)
-        self._check_uploads()
-        self.mds.write({"input_ids": tokens, "lengths": lengths.astype(self.length_dtype)})
-        if len(self.mds.shards) > shards:  # streaming closed a shard; this row is the first of the next
-            self._keep(position)
-        self.rows += 1
-        self.tokens += len(tokens)
-
-    def finish(self, end: _Position, skipped: int) -> None:
-        if self.mds.new_samples:
-            self.mds.flush_shard()
-            self.mds._reset_cache()
-        self._keep(end)
-        # MDSWriter.finish would also delete the folder after an upload, and with it the manifest.
-        self.mds._write_index()
-        self.mds.executor.shutdown(wait=True)
-        self._check_uploads()
-        self.manifest.complete, self.manifest.skipped, self.manifest.shards = True, skipped, []
-        if self.mds.remote:
-            with tempfile.TemporaryDirectory() as temporary:  # an upload removes its file
-                self.manifest.write(Path(temporary, MANIFEST))
-                self.mds.cloud_writer.local = temporary
-                self._upload(MANIFEST)
-        self.manifest.write(self.folder / MANIFEST)
-
-    def _upload(self, name: str) -> None:
-        try:
-            self.mds.cloud_writer.upload_file(name)
-        except Exception as error:  # of a storage library
-            raise self._upload_failed(_one_line(error)) from None
-
-    def _check_uploads(self) -> None:
-        if self.mds.event.is_set():  # streaming has logged why
-            self.mds.cancel_future_jobs()
-            raise self._upload_failed("see above")
-
-    def _upload_failed(self, reason: str) -> UserError:
-        return UserError(f"an upload to {self.mds.remote} failed ({reason}); the same command goes on from here")
-
-    def _keep(self, position: _Position) -> None:
-        newest = self.folder / self.mds.shards[-1]["raw_data"]["basename"]
-        with contextlib.suppress(FileNotFoundError), open(newest, "rb+") as file:  # it may be uploaded already
-            os.fsync(file.fileno())
-        self.manifest.rows, self.manifest.tokens = self.rows, self.tokens
-        self.manifest.next_row, self.manifest.next_token = position.row, position.token
-        self.manifest.documents, self.manifest.shards = position.documents, self.mds.shards
-        self.manifest.write(self.folder / MANIFEST)
-
-
 def _write(
     batches: Iterator[_Tokenised], folder: Path, remote: str | None, manifest: Manifest, progress: _Progress
 ) -> None:
     side_file = folder / "skipped.jsonl"
     _drop_rows_from(side_file, manifest.next_row)
-    start = _Position(manifest.next_row, manifest.next_token, manifest.documents)
-    cutter, writer = _RowCutter(manifest.sequence_length, start), _ShardWriter(folder, remote, manifest)
+    start = Position(manifest.next_row, manifest.next_token, manifest.documents)
+    cutter, writer = RowCutter(manifest.sequence_length, start), ShardWriter(folder, remote, manifest)
     raw_rows = start.row
     for batch in batches:
         with open(side_file, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in batch.unusable)
-        cutter.add(batch)
+        cutter.add(batch.tokens, batch.lengths, batch.ordinals)
         for row in cutter.rows():
             writer.write(*row)
         raw_rows += batch.rows
@@ -461,7 +317,7 @@ def _write(
         )
         shutil.rmtree(folder)
         raise UserError(f"data.streams.{progress.name}: {where} gave no text; {reason}")
-    writer.finish(_Position(raw_rows, 0, cutter.documents), skipped)
+    writer.finish(Position(raw_rows, 0, cutter.documents), skipped)
 
 
 def _drop_rows_from(side_file: Path, next_row: int) -> None:

@@ -20,9 +20,11 @@ import zstandard
 from streaming import MDSWriter, StreamingDataset
 
 from cheaper.config import DataConfig, SourceConfig, StreamConfig
-from cheaper.data import convert
-from cheaper.data.convert import _Position, _RowCutter, _ShardWriter, _Tokenised, convert_mixture, narrowest
+from cheaper.data import convert, shards
+from cheaper.data.convert import convert_mixture
 from cheaper.data.manifest import Manifest
+from cheaper.data.rows import Position, RowCutter
+from cheaper.data.shards import ShardWriter, narrowest
 from cheaper.data.shared_memory import remove_stale_shared_memory
 from cheaper.data.tokenize import load_tokenizer
 from cheaper.errors import UserError
@@ -82,19 +84,19 @@ def test_the_cutter_keeps_every_token_and_knows_where_rows_begin(seed):
     documents = [np.array([1000 * i + j for j in range(rng.choice([1, 2, 3, 9, 40]))]) for i in range(60)]
     everything = np.concatenate(documents)
 
-    def cut(begin: _Position) -> list:
-        cutter, rows, rest = _RowCutter(8, begin), [], documents[begin.row :]
+    def cut(begin: Position) -> list:
+        cutter, rows, rest = RowCutter(8, begin), [], documents[begin.row :]
         while rest:
             some, rest = rest[: rng.randint(0, 6)], rest[rng.randint(0, 0) :]
             rest = rest[len(some) :]
             first = len(documents) - len(rest) - len(some)
             tokens = np.concatenate(some) if some else np.empty(0, np.int64)
             lengths = np.array([len(d) for d in some], np.int64)
-            cutter.add(_Tokenised(tokens, lengths, np.arange(first, first + len(some)), [], len(some), 0))
+            cutter.add(tokens, lengths, np.arange(first, first + len(some)))
             rows += cutter.rows()
         return rows + list(cutter.rows(last=True))
 
-    rows = cut(_Position(0, 0, 0))
+    rows = cut(Position(0, 0, 0))
     assert np.array_equal(np.concatenate([tokens for tokens, _, _ in rows]), everything)
     for i, (tokens, lengths, begin) in enumerate(rows):
         assert tokens[0] == 1000 * begin.row + begin.token
@@ -118,7 +120,7 @@ def test_documents_come_back_token_for_token(mixture, tmp_path, tokenizer_folder
 
 def test_shards_are_the_same_bytes_whatever_the_number_of_workers(mixture, tmp_path, monkeypatch):
     monkeypatch.setattr(convert, "BATCH_BYTES", 3000)
-    monkeypatch.setattr(convert, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10_000)
     path = write_jsonl(tmp_path / "raw.jsonl", some_texts(500, seed=2))
     digests = []
     for processes in (1, 2, 3):
@@ -222,9 +224,9 @@ def test_long_lines_and_long_documents(mixture, tmp_path, tokenizer_folder):
 RUN = """
 import sys
 from cheaper.config import DataConfig, SourceConfig, StreamConfig
-from cheaper.data import convert
+from cheaper.data import convert, shards
 from cheaper.errors import UserError
-convert.BATCH_BYTES, convert.SHARD_BYTES = 20_000, 60_000
+convert.BATCH_BYTES, shards.SHARD_BYTES = 20_000, 60_000
 path, root, tokenizer = sys.argv[1:]
 stream = StreamConfig(proportion=1.0, source=SourceConfig(path=path))
 if __name__ == "__main__":
@@ -262,9 +264,9 @@ def wait_for_shards(folder: Path, count: int, process: subprocess.Popen) -> None
 def test_killed_at_random_it_goes_on_without_a_missing_or_double_document(big, tmp_path, seed):
     command, whole = big
     rng = random.Random(seed)
-    for shards in sorted(rng.sample(range(1, 40), 2)):
+    for count in sorted(rng.sample(range(1, 40), 2)):
         victim = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        wait_for_shards(tmp_path / "s", shards, victim)
+        wait_for_shards(tmp_path / "s", count, victim)
         time.sleep(rng.random() / 50)
         kill(victim)
         assert not (tmp_path / "s" / "index.json").exists()
@@ -370,11 +372,11 @@ def test_uploads_as_it_goes_and_keeps_the_manifest(tmp_path):
     remote, folder = tmp_path / "remote", tmp_path / "local"
     folder.mkdir()
     manifest = Manifest("t", "f", 300, 0, 1, 8, {"path": "x", "dataset": None}, "text", "text")
-    writer = _ShardWriter(folder, str(remote), manifest)
+    writer = ShardWriter(folder, str(remote), manifest)
     assert isinstance(writer.mds, MDSWriter)
     for i in range(100):
-        writer.write(np.arange(8, dtype=np.uint16), np.array([8]), _Position(i, 0, i))
-    writer.finish(_Position(100, 0, 100), skipped=0)
+        writer.write(np.arange(8, dtype=np.uint16), np.array([8]), Position(i, 0, i))
+    writer.finish(Position(100, 0, 100), skipped=0)
     assert {p.name for p in remote.iterdir()} == {"index.json", "manifest.json", "shard.00000.mds"}
     assert [p.name for p in folder.iterdir()] == ["manifest.json"]
     shutil.rmtree(folder)
