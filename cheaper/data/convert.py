@@ -137,7 +137,7 @@ def _earlier_manifest(folder: Path, remote: str | None) -> Manifest | None:
     """The manifest of an earlier conversion into ``folder``, or of a finished one uploaded to ``remote``."""
     try:
         return Manifest.read(folder / MANIFEST)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if folder.exists() and any(not path.name.startswith(f".{MANIFEST}") for path in folder.iterdir()):
             raise UserError(f"{folder} is not empty and holds no {MANIFEST}; choose another data.root") from None
     if not remote:
