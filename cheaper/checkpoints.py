@@ -162,6 +162,9 @@ class Checkpointer(Callback):
         self._previous_handlers: dict[int, Any] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            for partial in self.folder.glob(".partial-*"):  # of a run that was killed while it saved
+                partial.unlink()
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._previous_handlers[signum] = signal.signal(signum, self._on_signal)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cheaper import cli, training
-from cheaper.callbacks.metrics_file import read_metrics
+from cheaper.callbacks.metrics_file import read_records
 from cheaper.checkpoints import load_weights, model_weights, newest_checkpoint, safe_load
 from cheaper.compose import load_config
 from cheaper.flops import flops_per_token
@@ -40,7 +40,7 @@ def refusal(capsys, arguments: list[str]) -> str:
 
 
 def test_metrics_have_the_names_of_the_specification(finished):
-    records = read_metrics(finished / "metrics.jsonl")
+    records = read_records(finished / "metrics.jsonl")
     # 40 full steps are 5,120 tokens; the last row of a stream is short, so one step more is needed.
     assert [record["step"] for record in records] == list(range(1, 42))
     assert [record["tokens"] for record in records][:5] == [128, 256, 384, 512, 640]
@@ -54,9 +54,9 @@ def test_metrics_have_the_names_of_the_specification(finished):
 
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth(finished):
-    records = read_metrics(finished / "metrics.jsonl")
+    records = read_records(finished / "metrics.jsonl")
     assert records[0]["train/learning_rate"] == 0
-    for before, now in zip(records[:-1], records[2:], strict=True):  # Composer's schedule lags by one step
+    for before, now in zip(records[:-2], records[2:], strict=True):  # Composer's schedule lags by one step
         tokens = before["tokens"]
         expected = tokens / 512 if tokens < 512 else 1 - 0.9 * (tokens - 512) / (5120 - 512)  # warm-up is 10% of 5,120
         assert now["train/learning_rate"] == pytest.approx(4e-3 * expected), now["step"]
@@ -69,7 +69,7 @@ def test_the_run_folder_holds_what_the_readme_says(finished):
     assert [sample["step"] for sample in samples] == [10, 20, 30, 40, 41]
     assert all(sample["prompt"] == "the model" and sample["continuation"] for sample in samples)
     summary = json.loads((finished / "summary.json").read_text())
-    assert (summary["steps"], summary["tokens"]) == (41, read_metrics(finished / "metrics.jsonl")[-1]["tokens"])
+    assert (summary["steps"], summary["tokens"]) == (41, read_records(finished / "metrics.jsonl")[-1]["tokens"])
     assert summary["mixture"]["a"]["asked"] == 0.7
     assert list((finished / "tensorboard").rglob("events.out.tfevents*"))
 
@@ -222,12 +222,14 @@ def test_wandb_offline_and_resume_go_together(corpus, tmp_path, monkeypatch):
     assert train(corpus.arguments(run, *wandb)) == 0
     identity = (run / "wandb-id").read_text()
     newest_checkpoint(run).unlink()  # as if it had been killed on the way
+    (run / "samples.jsonl").write_text((run / "samples.jsonl").read_text() + '{"step": 41, "cut sh')
     assert train(corpus.arguments(run, *wandb, "training.resume=true")) == 0
     assert (run / "wandb-id").read_text() == identity
     folders = list((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert all(folder.name.endswith(identity) for folder in folders)
-    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == list(range(1, 42))
+    assert [sample["step"] for sample in read_records(run / "samples.jsonl")] == [10, 20, 30, 40, 41]
+    assert [record["step"] for record in read_records(run / "metrics.jsonl")] == list(range(1, 42))
 
 
 def test_dry_run_prints_the_run_and_writes_nothing(corpus, tmp_path, capsys):

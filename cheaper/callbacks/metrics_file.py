@@ -10,21 +10,27 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from cheaper.checkpoints import write_atomically
+
 OWN = ("train/", "data/", "system/", "eval/", "time/hours_left", "cost/")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, without a last line that a kill cut short."""
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file, without a last line that a kill cut short."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
 
 
+def keep_until(path: Path, step: int) -> None:
+    """Drops the records after ``step``: a run that resumes there makes them again."""
+    kept = [record for record in read_records(path) if record["step"] <= step]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
 class MetricsFile(LoggerDestination):
     """Writes ``{"step", "tokens", metric: value, …}`` per record, on rank 0.
-
-    When a run resumes, the records after its checkpoint are dropped: they are made again.
 
     Args:
         path: The file; it is continued if it exists.
@@ -36,8 +42,7 @@ class MetricsFile(LoggerDestination):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
-            kept = [record for record in read_metrics(self.path) if record["step"] <= int(state.timestamp.batch)]
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            keep_until(self.path, int(state.timestamp.batch))
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self._pending.update({name: value for name, value in metrics.items() if name.startswith(OWN)})

@@ -9,6 +9,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from cheaper.callbacks.metrics_file import keep_until
 from cheaper.config import SamplesConfig
 from cheaper.data.tokenize import Tokenizer
 from cheaper.generation import greedy
@@ -26,6 +27,10 @@ class Samples(Callback):
 
     def __init__(self, path: Path, samples: SamplesConfig, tokenizer: Tokenizer, interval: int):
         self.path, self.samples, self.tokenizer, self.interval = path, samples, tokenizer, interval
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            keep_until(self.path, int(state.timestamp.batch))
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)

@@ -17,7 +17,7 @@ from pydoc_data.topics import topics
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-VOCAB_SIZE = 8192
+VOCAB_SIZE = 4096
 SPECIAL_TOKENS = [
     "<|begin_of_text|>",
     "<|end_of_text|>",

@@ -127,7 +127,7 @@ def test_hugging_face_folder_encodes_as_its_own_library(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.eos_id not in tokenizer.encode("<|end_of_text|>")
     assert library.encode("<|end_of_text|>").ids == [tokenizer.eos_id]
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 8192)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 4096)
 
 
 def test_the_fingerprint_tells_vocabularies_apart_and_not_their_places(tmp_path):

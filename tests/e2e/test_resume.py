@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cheaper.callbacks.metrics_file import read_metrics
+from cheaper.callbacks.metrics_file import read_records
 from cheaper.checkpoints import model_weights, newest_checkpoint, safe_load
 from cheaper.data.shared_memory import SHARED_MEMORY
 from tests.conftest import finish, kill, start
@@ -26,7 +26,7 @@ def samples(run: Path, rank: int) -> dict[int, list[int]]:
 
 
 def assert_same_runs(one: Path, other: Path, processes: int) -> None:
-    first, second = (read_metrics(run / "metrics.jsonl") for run in (one, other))
+    first, second = (read_records(run / "metrics.jsonl") for run in (one, other))
     assert [record["step"] for record in first] == [record["step"] for record in second]
     for a, b in zip(first, second, strict=True):
         for name in EXACT:
@@ -141,3 +141,11 @@ def test_gradients_do_not_depend_on_accumulation_or_processes(corpus, tmp_path):
         for parameter, expected in gradients["whole"].items():
             torch.testing.assert_close(gradients[name][parameter], expected, atol=1e-6, rtol=0)
     assert max(gradient.abs().max() for gradient in gradients["whole"].values()) > 1e-3
+
+
+def test_three_kills_at_random_moments(corpus, tmp_path):
+    """The short form of ``kill_repeatedly``, which kills 50 times."""
+    from tests.e2e.kill_repeatedly import kill_repeatedly
+
+    hits = kill_repeatedly(corpus, tmp_path, kills=3, processes=1, seed=1)
+    assert sum(hits.values()) == 3
