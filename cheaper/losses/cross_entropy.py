@@ -2,14 +2,18 @@
 
 The gradient is computed in the same pass, so that no chunk of logits is computed twice and none is kept. The idea is
 that of "Cut Your Losses" (Wijmans et al., arXiv 2411.09009) and of Liger Kernel's fused linear cross-entropy.
+
+Axes are written as suffixes: N tokens, D width, V words.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-CHUNK_BYTES = 2**28  # of fp32 logits at a time
+CHUNK_BYTES = 2**28  # of logits at a time: enough rows for a matrix product, and for adding to the weight's gradient
+CPU_BLOCK_BYTES = 2**21  # of fp32 probabilities at a time, so that the passes over them stay in the processor's cache
 
 
 def linear_cross_entropy(
@@ -17,15 +21,16 @@ def linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of ``softmax(hidden · weightᵀ)`` against ``labels``, summed over the targets.
 
-    Matrix products run in autocast's type where autocast is on, the softmax and the sums in fp32.
+    Matrix products run in autocast's type where autocast is on, the softmax and the sums in fp32; the gradient of
+    ``weight`` is summed over chunks in fp32. Where no gradient is wanted, none is computed.
 
     Args:
-        hidden_ND: [N tokens, D features].
-        weight_VD: [V words, D features].
-        labels_N: [N] int64, ``IGNORED`` where there is no target.
+        hidden_ND: Floating point.
+        weight_VD: Floating point, of the same type outside autocast.
+        labels_N: int64, 0 … V-1, or ``IGNORED`` where there is no target.
 
     Returns:
-        The sum of the losses in nats (fp32 scalar, differentiable), and how many targets are the most likely word
+        The sum of the losses in nats (fp32 scalar, differentiable once), and how many targets are the most likely word
         (int64 scalar).
     """
     return _LinearCrossEntropy.apply(hidden_ND, weight_VD, labels_N)
@@ -34,48 +39,55 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, labels_N):
-        kind = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_ND.dtype
+        device = hidden_ND.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_ND.dtype
         weight = weight_VD.to(dtype)
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        with torch.autocast(kind, enabled=False):
-            for start in range(0, len(hidden_ND), rows):
+        loss = torch.zeros((), dtype=torch.float32, device=device)
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        rows = max(1, CHUNK_BYTES // (weight.shape[0] * weight.itemsize))
+        block_rows = max(1, CPU_BLOCK_BYTES // (weight.shape[0] * 4)) if device.type == "cpu" else rows
+        with torch.autocast(device.type, enabled=False):
+            for start in range(0, hidden_ND.shape[0], rows):
                 chunk = slice(start, start + rows)
-                hidden, labels = hidden_ND[chunk].to(dtype), labels_N[chunk]
-                is_target = labels != IGNORED
-                index = labels.clamp(min=0)[:, None]
-                logits = (hidden @ weight.T).float()
-                largest, most_likely = logits.max(-1)
-                correct += ((most_likely == labels) & is_target).sum()
-                # softmax(x) = exp(x - max) / Σ exp(x - max), in the place of the logits
-                target_logit = logits.gather(1, index)[:, 0]
-                probabilities = logits.sub_(largest[:, None]).exp_()
-                total = probabilities.sum(-1)
-                loss += ((total.log() + largest - target_logit) * is_target).sum()
-                if not (needs_hidden or needs_weight):
-                    continue
-                # ∂loss/∂logits = softmax(logits) - onehot(label), 0 where there is no target
-                grad_logits = probabilities.mul_((is_target / total)[:, None])
-                grad_logits.scatter_add_(1, index, -is_target.float()[:, None])
-                grad_logits = grad_logits.to(dtype)
+                hidden = hidden_ND[chunk].to(dtype)
+                logits = hidden @ weight.T
+                for block, labels in zip(logits.split(block_rows), labels_N[chunk].split(block_rows), strict=True):
+                    block_loss, hits = _logits_to_gradients_(block, labels, needs_hidden or needs_weight)
+                    loss += block_loss
+                    correct += hits
                 if needs_hidden:
-                    grad_hidden[chunk] = grad_logits @ weight
+                    grad_hidden[chunk] = logits @ weight
                 if needs_weight:
-                    grad_weight += grad_logits.T @ hidden
+                    grad_weight += logits.T @ hidden
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype) if needs_weight else None)
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, _):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad_loss.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * grad_loss.to(grad_weight.dtype),
-            None,
-        )
+        # In place: the weight's gradient is large. Autograd notices if the saved tensors are asked for once more.
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors), None
+
+
+def _logits_to_gradients_(logits: torch.Tensor, labels: torch.Tensor, needs_grad: bool) -> tuple[torch.Tensor, ...]:
+    """Returns the sum of losses and the number of hits; puts the gradients in the place of the logits.
+
+    One fused softmax gives everything: where x is the logits and p their softmax, the most likely word k has
+    log Σ exp(x) = x_k - log p_k, and the gradient is p - onehot(label), 0 where there is no target.
+    """
+    is_target = labels != IGNORED
+    index = labels.clamp(min=0)[:, None]
+    largest, most_likely = logits.max(-1, keepdim=True)
+    probabilities = logits.softmax(-1, dtype=torch.float32)
+    log_total = largest.float() - probabilities.gather(1, most_likely).log()
+    losses = (log_total - logits.gather(1, index).float())[:, 0]
+    hits = (most_likely == index)[:, 0] & is_target
+    if needs_grad:
+        probabilities.scatter_add_(1, index, torch.full_like(log_total, -1))
+        logits.copy_(probabilities.mul_(is_target[:, None]))
+    return (losses * is_target).sum(), hits.sum()

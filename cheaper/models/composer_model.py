@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from composer.models import ComposerModel
+from torchmetrics import Metric
 
 from cheaper.config import ModelConfig
 from cheaper.models.decoder import Decoder, LossOutput
@@ -28,3 +29,45 @@ class CausalLM(ComposerModel):
     def loss(self, outputs: LossOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean over the micro-batch's targets; the trainer weighs micro-batches and ranks by their targets."""
         return outputs.loss_sum / outputs.num_targets.clamp(min=1)
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        """What an ``Evaluator`` reports. Training has none here: its figures are summed from the passes' outputs."""
+        if is_train:
+            return {}
+        return {"loss": TargetMean("loss_sum"), "perplexity": Perplexity(), "accuracy": TargetMean("num_correct")}
+
+    def update_metric(self, batch: dict[str, torch.Tensor], outputs: LossOutput, metric: Metric) -> None:
+        metric.update(outputs)
+
+
+class TargetMean(Metric):
+    """Mean per target over all batches and ranks.
+
+    Args:
+        field: Which field of ``LossOutput`` is averaged.
+    """
+
+    full_state_update = False  # lets torchmetrics call ``update`` once a batch
+
+    def __init__(self, field: str):
+        super().__init__()
+        self.field = field
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_targets", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, outputs: LossOutput) -> None:
+        self.total += getattr(outputs, self.field)
+        self.num_targets += outputs.num_targets
+
+    def compute(self) -> torch.Tensor:
+        return self.total / self.num_targets
+
+
+class Perplexity(TargetMean):
+    """exp of the mean cross-entropy."""
+
+    def __init__(self):
+        super().__init__("loss_sum")
+
+    def compute(self) -> torch.Tensor:
+        return super().compute().exp()

@@ -20,7 +20,7 @@ from torch import nn
 
 from cheaper.config import ModelConfig
 from cheaper.losses.cross_entropy import IGNORED, linear_cross_entropy
-from cheaper.models.attention import causal_attention
+from cheaper.models.attention import causal_attention, document_mask
 
 
 class LossOutput(NamedTuple):
@@ -44,24 +44,42 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.head.weight = self.embedding.weight
+        # A tied model has no module here: a parameter that two modules share comes apart in ``to_empty``.
+        tied = config.tie_word_embeddings
+        self.head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.init_weights()
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """The output matrix [V, D]: the head's, or the embedding's where they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
     def init_weights(self) -> None:
         """Normal(0, ``initializer_std``) for every matrix, norms at 1.
 
         The two matrices of a block that write into the residual stream start smaller by √(2 · layers), so that the
-        stream's variance does not grow with depth (GPT-2, section 2.3).
+        stream's variance does not grow with depth (GPT-2, section 2.3; Llama's followers, OLMo among them, keep it).
         """
-        std = self.config.initializer_std
         for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=std)
-        for block in self.blocks:
-            for output in (block.attention.wo, block.feed_forward.down):
-                nn.init.normal_(output.weight, std=std / math.sqrt(2 * self.config.num_layers))
+            self.param_init_fn(module)
+
+    def param_init_fn(self, module: nn.Module) -> None:
+        """Initialises what ``module`` itself owns. Composer calls it on each module that was made without memory."""
+        std = self.config.initializer_std
+        if any(module in (block.attention.wo, block.feed_forward.down) for block in self.blocks):
+            std /= math.sqrt(2 * self.config.num_layers)
+        if isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+
+    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
+        """Tells Composer to shard block by block; embedding, last norm and head stay in the root's group."""
+        return isinstance(module, Block)
+
+    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
+        """Tells Composer, where it recomputes activations, to do so block by block."""
+        return isinstance(module, Block)
 
     def forward(
         self,
@@ -75,24 +93,28 @@ class Decoder(nn.Module):
             input_ids_BT: int64 token ids.
             labels_BT: int64 ids, ``IGNORED`` where there is no target, *not* shifted: position t is predicted from the
                 tokens before t. The shift happens here and in ``count_targets`` only.
-            document_ids_BT: int64; where given, attention and positions stay inside runs of equal ids.
+            document_ids_BT: int64, one id for each document of a row, its tokens in one piece. Where given, attention
+                and positions stay inside documents. The labels alone say what is a target: whoever makes document
+                ids sets the label of each document's first token to ``IGNORED``, for nothing that it may see tells
+                it. Without ids a document's end predicts the next one's start, as in the paper.
 
         Returns:
             Logits [B, T, V] without labels, else a ``LossOutput``.
         """
         hidden_BTD = self.hidden(input_ids_BT, document_ids_BT)
         if labels_BT is None:
-            return self.head(hidden_BTD)
+            return F.linear(hidden_BTD, self.output_weight)
         targets_N = labels_BT[:, 1:].flatten()
-        loss_sum, num_correct = linear_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), self.head.weight, targets_N)
+        loss_sum, num_correct = linear_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), self.output_weight, targets_N)
         return LossOutput(loss_sum, num_correct, count_targets(labels_BT))
 
     def hidden(self, input_ids_BT: torch.Tensor, document_ids_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, T, D] after the last norm."""
         x_BTD = self.embedding(input_ids_BT)
         rotation = rotary_rotation(_positions(input_ids_BT, document_ids_BT), self.config)
+        mask_B1TT = None if document_ids_BT is None else document_mask(document_ids_BT)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rotation, document_ids_BT)
+            x_BTD = block(x_BTD, rotation, mask_B1TT)
         return self.norm(x_BTD)
 
 
@@ -115,9 +137,9 @@ class Block(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-        document_ids_BT: torch.Tensor | None,
+        mask_B1TT: torch.Tensor | None,
     ) -> torch.Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, document_ids_BT)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask_B1TT)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
 
@@ -136,7 +158,7 @@ class Attention(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-        document_ids_BT: torch.Tensor | None,
+        mask_B1TT: torch.Tensor | None,
     ) -> torch.Tensor:
         E = self.config.head_dim
         q_BTHE = rotate(self.wq(x_BTD).unflatten(-1, (-1, E)), rotation)
@@ -145,9 +167,8 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q_BTHE = F.rms_norm(q_BTHE, (E,), eps=self.config.norm_eps)
             k_BTKE = F.rms_norm(k_BTKE, (E,), eps=self.config.norm_eps)
-        # Under autocast the norm gives fp32 back, and the kernel wants one type.
         q_BTHE, k_BTKE = q_BTHE.to(v_BTKE.dtype), k_BTKE.to(v_BTKE.dtype)
-        out_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, document_ids_BT, self.config.use_flash_attention)
+        out_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, mask_B1TT, self.config.use_flash_attention)
         return self.wo(out_BTHE.flatten(-2))
 
 
@@ -183,10 +204,10 @@ def rotary_rotation(positions: torch.Tensor, config: ModelConfig) -> tuple[torch
 
 
 def rotate(x_BTHE: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turns each pair of features (2i, 2i+1) by its position's angle, in fp32; returns the type of ``x``."""
+    """Turns each pair of features (2i, 2i+1) by its position's angle; fp32 out."""
     cos, sin = rotation
     even, odd = x_BTHE.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x_BTHE)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
 def _positions(input_ids_BT: torch.Tensor, document_ids_BT: torch.Tensor | None) -> torch.Tensor:

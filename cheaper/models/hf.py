@@ -1,12 +1,13 @@
-"""To and from ``transformers``: the published checkpoints are Llama 4's text model without experts.
+"""To and from ``transformers``: the published checkpoints are Llama 4's text model without experts; Llama is read too.
 
-Tensors keep their values and layout; only names change. Reading and writing use safetensors alone: nothing is unpickled
-and ``transformers`` itself is not needed.
+Tensors keep their values; the rows of Llama's queries and keys are reordered, else only names change. Reading and
+writing use safetensors alone: nothing is unpickled and ``transformers`` itself is not needed.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -39,22 +40,29 @@ NAMES = [
 
 
 def to_hf_state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:
-    """The decoder's tensors under ``Llama4ForCausalLM``'s names; a tied output matrix is left out."""
-    tied = decoder.config.tie_word_embeddings
-    state = {name: tensor for name, tensor in decoder.state_dict().items() if not (tied and name == "head.weight")}
-    return _rename(state, dict(NAMES), "this model")
+    """The decoder's tensors under ``Llama4ForCausalLM``'s names."""
+    return _rename(decoder.state_dict(), dict(NAMES), "this model")
 
 
-def from_hf_state_dict(state: dict[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
-    """Tensors of a ``Llama4ForCausalLM`` under the decoder's names; a tied output matrix is added.
+def from_hf_state_dict(state: dict[str, torch.Tensor], config: ModelConfig, source: str) -> dict[str, torch.Tensor]:
+    """Tensors of a ``Llama4ForCausalLM`` or a ``LlamaForCausalLM`` under the decoder's names.
+
+    Args:
+        state: Their tensors; Llama's are told by their names.
+        config: What ``from_hf_config`` made of their configuration.
+        source: Where they come from, for errors.
 
     Raises:
         UserError: A tensor has a name that the dense decoder lacks.
     """
-    renamed = _rename(state, {theirs: ours for ours, theirs in NAMES}, source)
-    if "head.weight" not in renamed and "embedding.weight" in renamed:
-        renamed["head.weight"] = renamed["embedding.weight"]
-    return renamed
+    if any(".mlp." in name for name in state):
+        state = {name.replace(".mlp.", ".feed_forward."): tensor for name, tensor in state.items()}
+        for name in state:
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                state[name] = _pair_neighbours(state[name], config.head_dim)
+    if config.tie_word_embeddings:
+        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    return _rename(state, {theirs: ours for ours, theirs in NAMES}, source)
 
 
 def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -93,42 +101,59 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def from_hf_config(raw: dict[str, Any], source: str) -> ModelConfig:
-    """The decoder's shape from a ``config.json``.
+    """The decoder's shape from the ``config.json`` of a Llama 4 text model or a Llama.
 
     Raises:
-        UserError: The model computes something that the dense decoder does not.
+        UserError: The model computes something that the dense decoder does not, or a key is missing.
     """
-    layers = raw.get("num_hidden_layers", 0)
-    positions = raw.get("max_position_embeddings", 0)
-    rope = raw.get("rope_parameters") or {}  # where transformers 5 writes it
-    theta = rope.get("rope_theta", raw.get("rope_theta", 500_000.0))
-    without_rope = [i for i, has_rope in enumerate(raw.get("no_rope_layers") or _default_rope(layers)) if not has_rope]
+    file, llama4 = f"{source}/config.json", raw.get("model_type") == "llama4_text"
+    if not llama4 and raw.get("model_type") != "llama":
+        raise UserError(f"{file}: model_type is {raw.get('model_type')}, expected llama4_text or llama")
+    # rope_parameters is where transformers 5 writes what 4 had at the top.
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    try:
+        if reason := _what_differs(raw, rope, llama4):
+            raise UserError(f"{file}: {reason}; this decoder would compute it wrongly")
+        return ModelConfig(
+            name=Path(source).name,
+            num_layers=raw["num_hidden_layers"],
+            num_heads=raw["num_attention_heads"],
+            num_kv_heads=raw["num_key_value_heads"],
+            hidden_size=raw["hidden_size"],
+            intermediate_size=raw["intermediate_size_mlp" if llama4 else "intermediate_size"],
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            vocab_size=raw["vocab_size"],
+            tie_word_embeddings=raw.get("tie_word_embeddings", False),
+            qk_norm=llama4 and raw.get("use_qk_norm", True),
+            rope_theta=rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"],
+            norm_eps=raw["rms_norm_eps"],
+            max_position_embeddings=raw["max_position_embeddings"],
+            initializer_std=raw.get("initializer_range", 0.02),
+        )
+    except KeyError as missing:
+        raise UserError(f"{file}: has no {missing}") from None
+
+
+def _what_differs(raw: dict[str, Any], rope: dict[str, Any], llama4: bool) -> str | None:
+    """Why the dense decoder cannot compute this model; a key that is missing has transformers' default."""
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        return "its rotary positions are scaled"
+    if raw.get("attention_bias") or raw.get("mlp_bias"):
+        return "its matrices have biases"
+    if raw.get("hidden_act", "silu") != "silu":
+        return f"hidden_act is {raw['hidden_act']}, expected silu"
+    if not llama4:
+        return None
+    if raw.get("moe_layers") not in ([], ()):
+        return f"layers {raw.get('moe_layers', 'all')} have experts, expected none"
+    every = raw.get("no_rope_layer_interval", 4)
+    uses_rope = raw.get("no_rope_layers") or [(layer + 1) % every for layer in range(raw["num_hidden_layers"])]
+    if without := [layer for layer, uses in enumerate(uses_rope) if not uses]:
+        return f"layers {without} have no rotary positions, expected them on every layer"
     chunked = "chunked_attention" in (raw.get("layer_types") or ["chunked_attention"])
-    for wrong, reason in (
-        (raw.get("model_type") != "llama4_text", f"model_type is {raw.get('model_type')}, expected llama4_text"),
-        (raw.get("moe_layers") not in ([], ()), f"layers {raw.get('moe_layers')} have experts, expected none"),
-        (without_rope, f"layers {without_rope} have no rotary positions, expected them on every layer"),
-        (rope.get("rope_type", "default") != "default" or raw.get("rope_scaling"), "its rotary positions are scaled"),
-        (chunked and (raw.get("attention_chunk_size") or positions) < positions, "its attention is chunked"),
-    ):
-        if wrong:
-            raise UserError(f"{source}/config.json: {reason}; this decoder would compute it wrongly")
-    return ModelConfig(
-        name=Path(source).name,
-        num_layers=layers,
-        num_heads=raw["num_attention_heads"],
-        num_kv_heads=raw["num_key_value_heads"],
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw.get("intermediate_size_mlp", raw["intermediate_size"]),
-        head_dim=raw["head_dim"],
-        vocab_size=raw["vocab_size"],
-        tie_word_embeddings=raw.get("tie_word_embeddings", False),
-        qk_norm=raw.get("use_qk_norm", True),
-        rope_theta=theta,
-        norm_eps=raw["rms_norm_eps"],
-        max_position_embeddings=positions,
-        initializer_std=raw.get("initializer_range", 0.02),
-    )
+    if chunked and raw.get("attention_chunk_size", 8192) < raw["max_position_embeddings"]:
+        return "its attention is chunked"
+    return None
 
 
 def save_pretrained(decoder: Decoder, folder: str | Path) -> None:
@@ -136,7 +161,9 @@ def save_pretrained(decoder: Decoder, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous().cpu() for name, tensor in to_hf_state_dict(decoder).items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    # A model that was loaded from this folder still reads the old file; renaming leaves it that one.
+    save_file(state, folder / "model.safetensors.partial", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.partial", folder / "model.safetensors")
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(to_hf_config(decoder.config, dtype), indent=2) + "\n")
 
@@ -147,14 +174,13 @@ def load_pretrained(source: str | Path) -> Decoder:
     Raises:
         UserError: Nothing is there, or it is another kind of model.
     """
-    folder = _folder(str(source))
-    config = from_hf_config(_read_json(folder / "config.json"), str(source))
-    weights = load_weights(str(source))
+    config = from_hf_config(_read_json(_folder(str(source)) / "config.json"), str(source))
     with torch.device("meta"):
         decoder = Decoder(config)
-    decoder.load_state_dict(weights, assign=True)
-    if config.tie_word_embeddings:
-        decoder.head.weight = decoder.embedding.weight
+    try:
+        decoder.load_state_dict(load_weights(str(source)), assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{source}: {str(error).splitlines()[1].strip()}") from None
     return decoder
 
 
@@ -165,7 +191,7 @@ def load_weights(source: str) -> dict[str, torch.Tensor]:
         UserError: Nothing is there, a file is cut short, or it is another kind of model.
     """
     folder = _folder(source)
-    from_hf_config(_read_json(folder / "config.json"), source)
+    config = from_hf_config(_read_json(folder / "config.json"), source)
     index = folder / "model.safetensors.index.json"
     files = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     state: dict[str, torch.Tensor] = {}
@@ -174,7 +200,7 @@ def load_weights(source: str) -> dict[str, torch.Tensor]:
             state |= load_file(folder / file)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / file}: not a whole safetensors file ({error})") from None
-    return from_hf_state_dict(state, source)
+    return from_hf_state_dict(state, config, source)
 
 
 def _rename(state: dict[str, torch.Tensor], names: dict[str, str], source: str) -> dict[str, torch.Tensor]:
@@ -188,9 +214,9 @@ def _rename(state: dict[str, torch.Tensor], names: dict[str, str], source: str) 
     return renamed
 
 
-def _default_rope(layers: int) -> list[int]:
-    """What transformers assumes where ``no_rope_layers`` is not given: every fourth layer goes without."""
-    return [int((layer + 1) % 4 != 0) for layer in range(layers)]
+def _pair_neighbours(weight_HD: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Reorders each head's rows: Llama turns features (i, i + E/2) together, Llama 4 and we (2i, 2i + 1)."""
+    return weight_HD.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _folder(source: str) -> Path:

@@ -71,6 +71,14 @@ def test_only_what_needs_a_gradient_gets_one(frozen):
         torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], expected[0])
 
 
+def test_gradients_can_be_asked_for_once_only():
+    hidden, weight, labels = inputs(12)
+    loss, _ = linear_cross_entropy(hidden, weight, labels)
+    torch.autograd.grad(2 * loss, [hidden, weight], retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, [hidden, weight])
+
+
 def test_no_grad_gives_the_same_loss():
     hidden, weight, labels = inputs(12)
     with torch.no_grad():
@@ -95,9 +103,10 @@ PEAK = """
 import resource, sys, torch
 import torch.nn.functional as F
 from cheaper.losses.cross_entropy import linear_cross_entropy
-hidden = torch.randn(8192, 64).requires_grad_()
+tokens = int(sys.argv[2])
+hidden = torch.randn(tokens, 64).requires_grad_()
 weight = torch.randn(128256, 64).requires_grad_()
-labels = torch.randint(128256, (8192,))
+labels = torch.randint(128256, (tokens,))
 # The first products set up the library's own buffers.
 linear_cross_entropy(hidden[:8], weight, labels[:8])[0].backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -109,10 +118,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+def peak(kind: str, tokens: int) -> int:
+    """What a loss and its gradients over 128,256 words add to the peak of resident memory, in KiB."""
+    command = [sys.executable, "-c", PEAK, kind, str(tokens)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def test_peak_memory_is_below_a_fifth_of_the_plain_loss():
-    """8,192 tokens × 128,256 words, in processes of their own; what the loss adds to the peak of resident memory."""
-    peaks = {
-        kind: int(subprocess.run([sys.executable, "-c", PEAK, kind], check=True, capture_output=True, text=True).stdout)
-        for kind in ("plain", "chunked")
-    }
-    assert peaks["chunked"] < peaks["plain"] / 5, peaks
+    """8,192 tokens must fit in what the plain loss takes for 1,024: it keeps three tensors of tokens × words, so that
+    8,192 take it eight times as much, 12.6 GB, which not every machine has.
+    """
+    assert peak("chunked", 8192) < peak("plain", 1024)

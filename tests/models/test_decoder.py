@@ -84,6 +84,32 @@ def test_a_model_made_without_memory_computes_the_same_once_filled(decoder):
     assert torch.equal(other(tokens(decoder.config)), decoder(tokens(decoder.config)))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_made_without_memory_is_initialised_module_by_module_as_composer_does(tied):
+    torch.manual_seed(0)
+    config = small(tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = Decoder(config)
+    for module in model.modules():
+        module.to_empty(device="cpu", recurse=False)
+        for parameter in module.parameters(recurse=False):
+            parameter.data.fill_(9)
+        model.param_init_fn(module)
+    torch.manual_seed(0)
+    expected = Decoder(config).state_dict()
+    got = model.state_dict()
+    assert got.keys() == expected.keys()
+    assert ("head.weight" in got) is not tied
+    for name, tensor in got.items():
+        assert tensor.abs().max() < 1.5, name
+        torch.testing.assert_close(tensor.std(), expected[name].std(), rtol=0.15, atol=0)
+
+
+def test_blocks_are_what_composer_shards_and_recomputes(decoder):
+    for choose in (decoder.fsdp_wrap_fn, decoder.activation_checkpointing_fn):
+        assert [module for module in decoder.modules() if choose(module)] == list(decoder.blocks)
+
+
 def test_rope_theta_can_be_raised_later(decoder):
     ids = tokens(decoder.config)
     before = decoder(ids)
@@ -94,10 +120,31 @@ def test_rope_theta_can_be_raised_later(decoder):
     assert not torch.allclose(decoder(ids), before)
 
 
-def test_compiles_as_one_graph(decoder):
+def test_compiles_as_one_graph_with_its_loss_and_gradients(decoder):
     ids = tokens(decoder.config)
-    hidden = torch.compile(decoder.hidden, fullgraph=True, backend="aot_eager")(ids)
-    torch.testing.assert_close(hidden, decoder.hidden(ids), atol=1e-5, rtol=1e-5)
+
+    def gradients(model):
+        out = model(ids, ids)
+        return out.loss_sum, *torch.autograd.grad(0.3 * out.loss_sum, list(decoder.parameters()))
+
+    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(gradients(compiled), gradients(decoder), strict=True):
+        torch.testing.assert_close(ours, eager, atol=1e-4, rtol=1e-4)
+
+
+def test_bf16_autocast_stays_near_fp32_and_gradients_are_fp32():
+    torch.manual_seed(0)
+    decoder = Decoder(small())
+    ids = tokens(decoder.config)
+    exact = decoder(ids, ids)
+    exact_grads = torch.autograd.grad(exact.loss_sum, list(decoder.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = decoder(ids, ids)
+    assert out.loss_sum.dtype == torch.float32
+    torch.testing.assert_close(out.loss_sum, exact.loss_sum, rtol=5e-3, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(out.loss_sum, list(decoder.parameters())), exact_grads, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
 def test_which_kernel_runs_is_said():

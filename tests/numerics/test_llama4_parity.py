@@ -1,12 +1,15 @@
 """Our decoder against transformers' ``Llama4ForCausalLM``: parameters, logits, gradients, both ways."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig
+from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from cheaper.compose import load_config
 from cheaper.config import ModelConfig
+from cheaper.errors import UserError
 from cheaper.models import hf
 from cheaper.models.decoder import Decoder
 
@@ -109,6 +112,59 @@ def test_a_folder_written_by_transformers_is_read_bit_for_bit(tmp_path, tied, sh
         assert torch.equal(tensor, ours.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama_folder_gives_the_same_logits(tmp_path, tied):
+    config = small(tie_word_embeddings=tied, qk_norm=False)
+    reference = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            rope_theta=40_000.0,
+            tie_word_embeddings=tied,
+        )
+    ).eval()
+    randomise(reference)
+    reference.save_pretrained(tmp_path)
+    ours = hf.load_pretrained(tmp_path)
+    ids = tokens(config)
+    torch.testing.assert_close(ours(ids), reference(ids, use_cache=False).logits, **TOLERANCE)
+
+
+def test_a_folder_can_be_written_over_by_what_was_read_from_it(tmp_path):
+    before = Decoder(small())
+    hf.save_pretrained(before, tmp_path)
+    hf.save_pretrained(hf.load_pretrained(tmp_path), tmp_path)
+    after = hf.load_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.state_dict().items())
+
+
+def test_a_damaged_folder_is_told_in_one_line(tmp_path):
+    hf.save_pretrained(Decoder(small()), tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole, raw = weights.read_bytes(), json.loads(config.read_text())
+    for wrong, reason in (
+        (lambda: weights.write_bytes(whole[:-100]), "not a whole safetensors file"),
+        (
+            lambda: (
+                weights.write_bytes(whole),
+                config.write_text(json.dumps({**raw, "num_hidden_layers": 6, "no_rope_layers": [1] * 6})),
+            ),
+            r"Missing key\(s\)",
+        ),
+        (lambda: config.write_text(json.dumps({k: v for k, v in raw.items() if k != "vocab_size"})), "no 'vocab_size'"),
+        (config.unlink, "no such file"),
+    ):
+        wrong()
+        with pytest.raises(UserError, match=reason) as error:
+            hf.load_pretrained(tmp_path)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("model", "exact", "published"),
     # The shape published for the 950M adds up to 0.05% more than the published count.
@@ -130,17 +186,19 @@ def test_parameter_counts(model, exact, published):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"model_type": "llama"}, "model_type is llama, expected llama4_text"),
+        ({"model_type": "gpt2"}, "model_type is gpt2, expected llama4_text or llama"),
+        ({"model_type": "llama", "mlp_bias": True}, "its matrices have biases"),
+        ({"attention_bias": True}, "its matrices have biases"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu, expected silu"),
         ({"no_rope_layers": [1, 1, 1, 0, 1]}, r"layers \[3\] have no rotary positions"),
         ({"no_rope_layers": None}, r"layers \[3\] have no rotary positions"),
         ({"moe_layers": [0]}, r"layers \[0\] have experts"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "its rotary positions are scaled"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "its rotary positions are scaled"),
         ({"layer_types": ["chunked_attention"] * 5, "attention_chunk_size": 64}, "its attention is chunked"),
     ],
 )
 def test_a_model_we_would_compute_wrongly_is_refused(change, reason):
-    from cheaper.errors import UserError
-
     raw = {**hf.to_hf_config(small(), "float32"), **change}
     with pytest.raises(UserError, match=reason):
         hf.from_hf_config(raw, "somewhere")
