@@ -20,6 +20,7 @@ clean:
 
 $(READY): pyproject.toml uv.lock
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned packages into $(VENV); the first time this downloads several GB."
 	$(VENV)/bin/python -m pip install --quiet uv
-	UV_PROJECT_ENVIRONMENT=$(VENV) $(VENV)/bin/uv sync --frozen --inexact --compile-bytecode --python $(VENV)/bin/python
+	UV_PROJECT_ENVIRONMENT=$(VENV) $(VENV)/bin/uv sync --quiet --frozen --inexact --compile-bytecode --python $(VENV)/bin/python
 	touch $@
