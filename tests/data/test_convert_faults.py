@@ -1,5 +1,6 @@
 """Conversions that are stopped, doubled, moved or misled: what goes on, what is refused, what is left behind."""
 
+import contextlib
 import gzip
 import os
 import random
@@ -54,8 +55,8 @@ def mixture(tmp_path, tokenizer):
 
 
 @pytest.fixture
-def endless(tmp_path, tokenizer):
-    """Starts a conversion that waits for ever: its source is a pipe that stays open after some rows."""
+def conversion(tmp_path, tokenizer):
+    """Starts one conversion, of some seconds into a single shard, as real processes; also says where it writes."""
     script, folder, started = tmp_path / "convert_it.py", tmp_path / "out", []
     script.write_text(RUN)
     source = tmp_path / "rows.jsonl"
@@ -70,9 +71,9 @@ def endless(tmp_path, tokenizer):
 
     yield start, folder / "s"
     for process in started:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        process.communicate()
 
 
 def wait_until(condition, process: subprocess.Popen) -> None:
@@ -83,14 +84,14 @@ def wait_until(condition, process: subprocess.Popen) -> None:
         time.sleep(0.005)
 
 
-def test_killed_before_its_first_shard_it_goes_on_and_its_workers_end(endless):
-    start, folder = endless
+def test_killed_before_its_first_shard_it_goes_on_and_its_workers_end(conversion):
+    start, folder = conversion
     process = start()
     wait_until((folder / "skipped.jsonl").exists, process)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
     process.kill()  # the parent alone
-    process.communicate()
+    process.wait()
     assert not list(folder.glob("*.mds"))
     assert psutil.wait_procs(workers, timeout=20)[1] == []
     again = start()
@@ -99,8 +100,8 @@ def test_killed_before_its_first_shard_it_goes_on_and_its_workers_end(endless):
     assert Manifest.read(folder / "manifest.json").documents == 40_000
 
 
-def test_ctrl_c_in_a_terminal_reaches_all_processes_and_is_one_line(endless):
-    start, folder = endless
+def test_ctrl_c_in_a_terminal_reaches_all_processes_and_is_one_line(conversion):
+    start, folder = conversion
     process = start()
     wait_until((folder / "manifest.json").exists, process)  # workers are still starting
     os.killpg(process.pid, signal.SIGINT)
@@ -108,8 +109,8 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes_and_is_one_line(endless):
     assert errors == ["error: data.streams.s: stopped; the same command goes on from here"]
 
 
-def test_one_folder_takes_one_conversion_at_a_time(endless):
-    start, folder = endless
+def test_one_folder_takes_one_conversion_at_a_time(conversion):
+    start, folder = conversion
     first = start()
     wait_until((folder / "manifest.json").exists, first)
     os.killpg(first.pid, signal.SIGSTOP)
