@@ -12,8 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-CHUNK_BYTES = 2**28  # of logits at a time: enough rows for a matrix product, and for adding to the weight's gradient
-CPU_BLOCK_BYTES = 2**21  # of fp32 probabilities at a time, so that the passes over them stay in the processor's cache
+CHUNK_BYTES = 2**28  # of fp32 probabilities at a time
 
 
 def linear_cross_entropy(
@@ -48,17 +47,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
-        rows = max(1, CHUNK_BYTES // (weight.shape[0] * weight.itemsize))
-        block_rows = max(1, CPU_BLOCK_BYTES // (weight.shape[0] * 4)) if device.type == "cpu" else rows
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
         with torch.autocast(device.type, enabled=False):
             for start in range(0, hidden_ND.shape[0], rows):
                 chunk = slice(start, start + rows)
                 hidden = hidden_ND[chunk].to(dtype)
                 logits = hidden @ weight.T
-                for block, labels in zip(logits.split(block_rows), labels_N[chunk].split(block_rows), strict=True):
-                    block_loss, hits = _logits_to_gradients_(block, labels, needs_hidden or needs_weight)
-                    loss += block_loss
-                    correct += hits
+                losses, hits = _logits_to_gradients_(logits, labels_N[chunk], needs_hidden or needs_weight)
+                loss += losses
+                correct += hits
                 if needs_hidden:
                     grad_hidden[chunk] = logits @ weight
                 if needs_weight:
