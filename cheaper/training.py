@@ -75,6 +75,9 @@ def join_processes() -> None:
     if "GROUP_RANK" in os.environ:  # torchrun's name for what Composer calls the rank of the node
         os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])
     dist.initialize_dist(get_device(None))
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        # Composer's launcher leaves every process all cores, and they would wait for each other.
+        torch.set_num_threads(max(1, os.cpu_count() // dist.get_local_world_size()))
     if dist.get_local_rank() == 0:
         remove_stale_shared_memory()
     dist.barrier()
