@@ -8,6 +8,11 @@ pieces of documents in it, both in the narrowest unsigned type.
 
 One process reads and writes, in order, so the shards are the same bytes whatever the number of workers. After each
 shard the manifest says where to go on; a conversion that was killed goes on from there with the same command.
+
+With a ``data.root`` such as ``s3://…`` the shards are written below ``data.cache/converting``, uploaded while the work
+goes on, and removed there. What remains, the manifest and the side file, is what the same command needs to go on, so it
+must run on the same machine, or with the same ``data.cache``. The manifest is uploaded last and marks the stream as
+finished everywhere.
 """
 
 from __future__ import annotations
@@ -54,7 +59,7 @@ def convert_mixture(
     """Converts every stream of a mixture; those that are finished are left as they are.
 
     Args:
-        data: The mixture. A ``data.root`` with a scheme (``s3://`` …) is written under ``data.cache`` and uploaded.
+        data: The mixture. A ``data.root`` with a scheme (``s3://`` …) is uploaded to.
         sequence_length: Tokens per row.
         processes: Worker processes, all cores by default.
         only: Names of the streams to convert, all by default.
