@@ -29,15 +29,17 @@ def hold(name: str) -> subprocess.Popen:
 
 
 def test_only_the_dead_are_removed():
-    living, dead, foreign = "990001_locals", "990002_locals", "990003_other"
+    living, dead, foreign, semaphore = "990001_locals", "990002_locals", "990003_other", "sem.mp-_test_01"
     keeper = hold(living)
     Path(SHARED_MEMORY / dead).write_bytes(b"left by a killed run")
     Path(SHARED_MEMORY / foreign).write_bytes(b"not streaming's")
+    Path(SHARED_MEMORY / semaphore).write_bytes(b"of a process pool that was killed")
     try:
         remove_stale_shared_memory()
         assert (SHARED_MEMORY / living).exists()
         assert not (SHARED_MEMORY / dead).exists()
         assert (SHARED_MEMORY / foreign).exists()
+        assert not (SHARED_MEMORY / semaphore).exists()
         keeper.kill()
         keeper.wait()
         Path(SHARED_MEMORY / living).write_bytes(b"its keeper is dead")
@@ -46,5 +48,5 @@ def test_only_the_dead_are_removed():
     finally:
         keeper.kill()
         keeper.wait()
-        for name in (living, dead, foreign):
+        for name in (living, dead, foreign, semaphore):
             (SHARED_MEMORY / name).unlink(missing_ok=True)

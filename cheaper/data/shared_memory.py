@@ -1,4 +1,4 @@
-"""Removes what a killed run of streaming left behind, and nothing that a living run still uses."""
+"""Removes what killed runs and conversions left in shared memory, and nothing that a living process still uses."""
 
 from __future__ import annotations
 
@@ -11,40 +11,53 @@ from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLE
 from streaming.base.util import clean_stale_shared_memory
 
 SHARED_MEMORY = Path("/dev/shm")
+# Streaming's segments, which belong together by their number, and the semaphores of Python's process pools.
+NAME = re.compile(rf"(?P<group>\d{{6}})_({'|'.join(SHM_TO_CLEAN)})|(?P<semaphore>sem\.mp-\w{{8}})")
+
+
+def stale_shared_memory() -> list[Path]:
+    """Files of this user's in ``/dev/shm`` whose makers are dead."""
+    if not SHARED_MEMORY.is_dir():
+        return []
+    files = [path for path in SHARED_MEMORY.iterdir() if NAME.fullmatch(path.name)]
+    alive = _in_use() if files else set()
+    return [path for path in files if _key(path.name) not in alive and _is_ours(path)]
 
 
 def remove_stale_shared_memory() -> None:
-    """Unlinks streaming's shared memory and lock files whose run is dead.
+    """Unlinks ``stale_shared_memory()`` and streaming's lock files that go with it.
 
-    Streaming's own ``clean_stale_shared_memory`` also removes those of other runs that are alive on this machine, so
+    Streaming's own ``clean_stale_shared_memory`` also removes the segments of runs that are alive on this machine, so
     it serves only where ``/proc`` cannot tell. Call it on one process per machine, before a dataset is made.
     """
     if not Path("/proc/self/maps").exists():
         clean_stale_shared_memory()
         return
-    name = re.compile(rf"(\d{{6}})_({'|'.join(SHM_TO_CLEAN)})")
-    files = [(match[1], path) for path in SHARED_MEMORY.iterdir() if (match := name.fullmatch(path.name))]
-    alive = _mapped_prefixes(name) if files else set()
-    for prefix, path in files:
-        if prefix not in alive:
-            path.unlink(missing_ok=True)
-            for lock in (BARRIER_FILELOCK, CACHE_FILELOCK):
-                Path(tempfile.gettempdir(), f"{prefix}_{lock}").unlink(missing_ok=True)
+    for path in stale_shared_memory():
+        path.unlink(missing_ok=True)
+        for lock in (BARRIER_FILELOCK, CACHE_FILELOCK):
+            Path(tempfile.gettempdir(), f"{_key(path.name)}_{lock}").unlink(missing_ok=True)
 
 
-def _mapped_prefixes(name: re.Pattern[str]) -> set[str]:
-    """Prefixes of the segments that some process on this machine has mapped."""
-    prefixes: set[str] = set()
-    mapped = re.compile(rf"{re.escape(str(SHARED_MEMORY))}/{name.pattern}")
+def _key(name: str) -> str:
+    match = NAME.fullmatch(name)
+    return match["group"] or match["semaphore"]
+
+
+def _in_use() -> set[str]:
+    """Keys of the files that some process of this user's has mapped."""
+    mapped = re.compile(rf"{re.escape(str(SHARED_MEMORY))}/({NAME.pattern})")
+    keys: set[str] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
-            prefixes.update(match[1] for match in mapped.finditer(maps.read_text(errors="replace")))
-        except OSError:  # the process ended, or belongs to another user
-            if maps.exists() and not os.access(maps, os.R_OK):
-                prefixes.update(_owned_by(maps.parent.stat().st_uid))
-    return prefixes
+            keys.update(_key(match[1]) for match in mapped.finditer(maps.read_text(errors="replace")))
+        except OSError:  # it has ended, or is another user's: then so are its files
+            continue
+    return keys
 
 
-def _owned_by(uid: int) -> set[str]:
-    """Prefixes of another user's segments, which are theirs to remove."""
-    return {path.name[:6] for path in SHARED_MEMORY.iterdir() if path.exists() and path.stat().st_uid == uid}
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.stat().st_uid == os.getuid()
+    except FileNotFoundError:
+        return False

@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 
 from cheaper.checkpoints import newest_checkpoint
+from cheaper.data.shared_memory import stale_shared_memory
 from tests.conftest import Corpus, finish, kill, start
-from tests.e2e.test_resume import assert_same_runs, streaming_segments
+from tests.e2e.test_resume import assert_same_runs
 
 
 def kill_repeatedly(corpus: Corpus, folder: Path, kills: int, processes: int, seed: int) -> dict[str, int]:
@@ -28,7 +29,7 @@ def kill_repeatedly(corpus: Corpus, folder: Path, kills: int, processes: int, se
     """
     rng = random.Random(seed)
     shards = sorted(path.name for path in corpus.folder.rglob("*.mds"))
-    segments = streaming_segments()
+    stale = set(stale_shared_memory())
     steps = 20 + 25 * kills
     settings = [
         f"training.stage.tokens={128 * steps}",
@@ -59,7 +60,7 @@ def kill_repeatedly(corpus: Corpus, folder: Path, kills: int, processes: int, se
     finish(start(corpus.arguments(killed, *settings, *resume), processes))
     assert_same_runs(killed, whole, processes)
     assert sorted(path.name for path in corpus.folder.rglob("*.mds")) == shards
-    assert streaming_segments() <= segments
+    assert set(stale_shared_memory()) <= stale
     assert not list(killed.glob(".partial*"))
     return hits
 

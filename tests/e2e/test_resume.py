@@ -10,7 +10,7 @@ import torch
 
 from cheaper.callbacks.metrics_file import read_records
 from cheaper.checkpoints import model_weights, newest_checkpoint, safe_load
-from cheaper.data.shared_memory import SHARED_MEMORY
+from cheaper.data.shared_memory import stale_shared_memory
 from tests.conftest import finish, kill, start
 
 EXACT = ("train/loss", "train/accuracy", "train/grad_norm", "train/learning_rate", "data/tokens/a", "data/tokens/b")
@@ -37,13 +37,6 @@ def assert_same_runs(one: Path, other: Path, processes: int) -> None:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def streaming_segments() -> set[str]:
-    """Names of streaming's shared memory on this machine."""
-    return (
-        {path.name for path in SHARED_MEMORY.iterdir() if path.name[:6].isdigit()} if SHARED_MEMORY.is_dir() else set()
-    )
-
-
 def wait_for_step(run: Path, step: int, process) -> None:
     path = run / "samples-0.log"
     for _ in range(1200):
@@ -67,7 +60,7 @@ def uninterrupted(corpus, tmp_path_factory) -> dict[int, Path]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kill_and_resume(corpus, tmp_path, uninterrupted, processes):
-    before = streaming_segments()
+    before = stale_shared_memory()
     run = tmp_path / "killed"
     rows = f"training.stage.batch_size_per_gpu={4 // processes}"
     victim = start(corpus.arguments(run, rows), processes, SLOW="0.05")
@@ -76,7 +69,7 @@ def test_kill_and_resume(corpus, tmp_path, uninterrupted, processes):
     assert newest_checkpoint(run).name == "step-00000010.pt"
     finish(start(corpus.arguments(run, rows, "training.resume=true"), processes))
     assert_same_runs(run, uninterrupted[processes], processes)
-    assert streaming_segments() <= before
+    assert set(stale_shared_memory()) <= set(before)
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
