@@ -9,18 +9,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cheaper.compose import DEFAULT_CHOICES, load_config, to_yaml
-from cheaper.errors import UserError
+from cheaper.errors import UserError, did_you_mean
+
+
+USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value …] [--dry-run]
+       cheaper convert [recipe.yaml] [data=…] [key=value …] [--processes N] [--only STREAM …]
+       cheaper sample"""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal."""
-    args = list(sys.argv[1:] if args is None else args)
+    verb, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
     verbs = {"train": train, "convert": convert, "sample": sample}
-    if not args or args[0] not in verbs:
-        print("usage: cheaper train|convert|sample [recipe.yaml] [group=choice …] [key=value …]", file=sys.stderr)
-        return 2
+    if verb in ("-h", "--help"):
+        print(USAGE)
+        return 0
     try:
-        return verbs[args[0]](args[1:])
+        if verb not in verbs:
+            raise UserError(f"cheaper {verb}: no such verb{did_you_mean(verb, verbs)}")
+        return verbs[verb](rest)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # every process meets the same mistake; one says so
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
@@ -55,7 +62,7 @@ def train(args: list[str]) -> int:
 
 def convert(args: list[str]) -> int:
     """Turns the raw rows of a mixture into MDS shards; needs only ``data=…``."""
-    parser = argparse.ArgumentParser(prog="cheaper convert", add_help=True)
+    parser = argparse.ArgumentParser(prog="cheaper convert")
     parser.add_argument("--processes", type=int, help="worker processes; all cores by default")
     parser.add_argument("--only", nargs="+", metavar="STREAM", help="convert these streams of the mixture alone")
     options, rest = parser.parse_known_args(args)
