@@ -11,7 +11,6 @@ from pathlib import Path
 from cheaper.compose import DEFAULT_CHOICES, load_config, to_yaml
 from cheaper.errors import UserError, did_you_mean
 
-
 USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value …] [--dry-run]
        cheaper convert [recipe.yaml] [data=…] [key=value …] [--processes N] [--only STREAM …]
        cheaper sample"""

@@ -1,0 +1,36 @@
+"""Exit statuses, and one line for a mistake, without a traceback."""
+
+import pytest
+
+from cheaper.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["trian"], "error: cheaper trian: no such verb; did you mean train?"),
+        (["train", "model=tny"], "error: model=tny (the command line): no such model; did you mean tiny?"),
+        (["train", "yamls/none.yaml"], "error: recipe yamls/none.yaml: no such file"),
+        (["convert", "data=sample", "data.tokenizer=/nowhere"], "error: tokenizer /nowhere: there is no"),
+        (["convert", "data=sampel"], "error: data=sampel (the command line): no such data; did you mean sample?"),
+    ],
+)
+def test_a_mistake_is_status_2_and_one_line(capsys, arguments, line):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(line)
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+def test_several_mistakes_are_a_line_each(capsys):
+    assert main(["train", "model=tiny", "training=pretrain_phase1", "data=sample", "model.x=1", "data.y=2"]) == 2
+    assert [line.split()[:2] for line in capsys.readouterr().err.splitlines()] == [
+        ["error:", "model.x"],
+        ["error:", "data.y"],
+    ]
+
+
+def test_help(capsys):
+    assert main(["--help"]) == main([]) == 0
+    assert "usage: cheaper train" in capsys.readouterr().out
