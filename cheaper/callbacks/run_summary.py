@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from cheaper.models.attention import kernel_name
 
 
 class RunSummary(LoggerDestination):
-    """Prints and keeps the last figures of a run beside what the recipe expects.
+    """Says at the start what runs and on what; at the end prints and keeps the figures beside what is expected.
 
     Args:
         config: The run.
@@ -31,6 +32,10 @@ class RunSummary(LoggerDestination):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         self.last.update(metrics)
 
+    def after_load(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            print(", ".join([*self._setting(state).values(), f"step {int(state.timestamp.batch)}"]), file=sys.stderr)
+
     def fit_end(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0 and "train/loss" in self.last:
             summary = self._summary(state)
@@ -38,24 +43,29 @@ class RunSummary(LoggerDestination):
             write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
             print(self._table(summary))
 
-    def _summary(self, state: State) -> dict[str, object]:
-        tokens, seconds = int(state.timestamp.token), state.timestamp.total_wct.total_seconds()
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
-        speed, world = tokens / max(seconds, 1e-9), dist.get_world_size()
+    def _setting(self, state: State) -> dict[str, str]:
         parameters = sum(parameter.numel() for parameter in state.model.parameters())
-        dtype = torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
+        kernel = kernel_name(
+            get_device(None)._device,
+            torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32,
+            self.config.model.use_flash_attention,
+            self.config.data.intra_document_attention,
+        )
         return {
             "run": self.config.run_name,
-            "model": f"{self.config.model.name}, {parameters / 1e6:.1f}M parameters",
-            "attention": kernel_name(
-                get_device(None)._device,
-                dtype,
-                self.config.model.use_flash_attention,
-                self.config.data.intra_document_attention,
-            ),
-            "devices": f"{world} × {device}",
-            "torch": torch.__version__,
+            "model": f"{self.config.model.name} with {parameters / 1e6:.1f}M parameters",
+            "devices": f"{dist.get_world_size()} × {device}",
+            "attention": kernel,
             "precision": self.config.training.precision,
+        }
+
+    def _summary(self, state: State) -> dict[str, object]:
+        tokens, seconds = int(state.timestamp.token), state.timestamp.total_wct.total_seconds()
+        speed, world = tokens / max(seconds, 1e-9), dist.get_world_size()
+        return {
+            **self._setting(state),
+            "torch": torch.__version__,
             "steps": int(state.timestamp.batch),
             "tokens": tokens,
             "seconds": round(seconds, 1),
