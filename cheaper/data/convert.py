@@ -24,6 +24,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import tempfile
@@ -177,17 +178,22 @@ def _locked(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _pool(processes: int, tokenizer: Tokenizer, format_name: str, field: str) -> Iterator[ProcessPoolExecutor]:
     """Workers that leave Ctrl-C to the parent."""
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, spawn, _start_worker, (tokenizer, format_name, field))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children inherit it; all start here
-    try:
-        pool.submit(os.getpid)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with tempfile.TemporaryDirectory() as folder:
+        # Through a file: a pipe is too narrow for a vocabulary, and a worker that dies before it has read all of one
+        # (the calling script lacks ``if __name__ == "__main__"``, say) would leave the parent writing for ever.
+        path = Path(folder, "tokenizer")
+        path.write_bytes(pickle.dumps(tokenizer))
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(processes, spawn, _start_worker, (path, format_name, field))
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children inherit it; all start here
+        try:
+            pool.submit(os.getpid)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # ---- in the workers
@@ -205,11 +211,11 @@ class _Tokenised:
     bytes_read: int
 
 
-def _start_worker(tokenizer: Tokenizer, format_name: str, field: str) -> None:
+def _start_worker(tokenizer: Path, format_name: str, field: str) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = (tokenizer, get_format(format_name, field))
+    _worker = (pickle.loads(tokenizer.read_bytes()), get_format(format_name, field))
 
 
 def _end_with_parent() -> None:

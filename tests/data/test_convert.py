@@ -296,6 +296,17 @@ def test_ctrl_c_is_one_line_and_a_worker_that_dies_does_not_hang(big, tmp_path):
     assert digest(tmp_path / "s") == digest(whole)
 
 
+def test_workers_that_cannot_start_are_one_line(big, tmp_path):
+    """A script that starts processes when it is imported: each worker imports it and dies at once."""
+    command, _ = big
+    script = tmp_path / "unguarded.py"
+    script.write_text(Path(command(tmp_path)[1]).read_text().replace('if __name__ == "__main__":', "if True:"))
+    arguments = [sys.executable, str(script), *command(tmp_path / "mds")[2:]]
+    process = subprocess.run(arguments, capture_output=True, text=True, timeout=90)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith("error: data.streams.s: a worker process died")
+
+
 def test_a_full_disk_is_one_line_and_can_go_on(big, tmp_path):
     command, whole = big
     disk = tmp_path / "disk"
