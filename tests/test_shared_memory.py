@@ -1,5 +1,6 @@
 """Stale shared memory is removed, that of a living run is not: real segments, real processes."""
 
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -29,17 +30,17 @@ def hold(name: str) -> subprocess.Popen:
 
 
 def test_only_the_dead_are_removed():
-    living, dead, foreign, semaphore = "990001_locals", "990002_locals", "990003_other", "sem.mp-_test_01"
+    living, dead, foreign = "990001_locals", "990002_locals", "990003_other"
     keeper = hold(living)
     Path(SHARED_MEMORY / dead).write_bytes(b"left by a killed run")
     Path(SHARED_MEMORY / foreign).write_bytes(b"not streaming's")
-    Path(SHARED_MEMORY / semaphore).write_bytes(b"of a process pool that was killed")
+    semaphore = multiprocessing.get_context("spawn").Semaphore()
     try:
         remove_stale_shared_memory()
         assert (SHARED_MEMORY / living).exists()
         assert not (SHARED_MEMORY / dead).exists()
         assert (SHARED_MEMORY / foreign).exists()
-        assert not (SHARED_MEMORY / semaphore).exists()
+        assert (SHARED_MEMORY / f"sem.{semaphore._semlock.name[1:]}").exists()  # of a living process pool
         keeper.kill()
         keeper.wait()
         Path(SHARED_MEMORY / living).write_bytes(b"its keeper is dead")
@@ -48,5 +49,5 @@ def test_only_the_dead_are_removed():
     finally:
         keeper.kill()
         keeper.wait()
-        for name in (living, dead, foreign, semaphore):
+        for name in (living, dead, foreign):
             (SHARED_MEMORY / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Removes what killed runs and conversions left in shared memory, and nothing that a living process still uses."""
+"""Removes what killed runs left in shared memory, and nothing that a living process still uses."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLE
 from streaming.base.util import clean_stale_shared_memory
 
 SHARED_MEMORY = Path("/dev/shm")
-# Streaming's segments, which belong together by their number, and the semaphores of Python's process pools.
-NAME = re.compile(rf"(?P<group>\d{{6}})_({'|'.join(SHM_TO_CLEAN)})|(?P<semaphore>sem\.mp-\w{{8}})")
+# Streaming's segments; those of one dataset share the number. Semaphores of killed process pools stay: the C library
+# makes them under another name, so nothing tells which of them are still in use.
+NAME = re.compile(rf"(\d{{6}})_(?:{'|'.join(SHM_TO_CLEAN)})")
 
 
 def stale_shared_memory() -> list[Path]:
-    """Files of this user's in ``/dev/shm`` whose makers are dead."""
+    """Segments of this user's in ``/dev/shm`` whose makers are dead."""
     if not SHARED_MEMORY.is_dir():
         return []
     files = [path for path in SHARED_MEMORY.iterdir() if NAME.fullmatch(path.name)]
     alive = _in_use() if files else set()
-    return [path for path in files if _key(path.name) not in alive and _is_ours(path)]
+    return [path for path in files if path.name[:6] not in alive and _is_ours(path)]
 
 
 def remove_stale_shared_memory() -> None:
@@ -36,24 +37,19 @@ def remove_stale_shared_memory() -> None:
     for path in stale_shared_memory():
         path.unlink(missing_ok=True)
         for lock in (BARRIER_FILELOCK, CACHE_FILELOCK):
-            Path(tempfile.gettempdir(), f"{_key(path.name)}_{lock}").unlink(missing_ok=True)
-
-
-def _key(name: str) -> str:
-    match = NAME.fullmatch(name)
-    return match["group"] or match["semaphore"]
+            Path(tempfile.gettempdir(), f"{path.name[:6]}_{lock}").unlink(missing_ok=True)
 
 
 def _in_use() -> set[str]:
-    """Keys of the files that some process of this user's has mapped."""
-    mapped = re.compile(rf"{re.escape(str(SHARED_MEMORY))}/({NAME.pattern})")
-    keys: set[str] = set()
+    """Numbers of the segments that some process of this user's has mapped."""
+    mapped = re.compile(rf"{re.escape(str(SHARED_MEMORY))}/{NAME.pattern}")
+    numbers: set[str] = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
-            keys.update(_key(match[1]) for match in mapped.finditer(maps.read_text(errors="replace")))
+            numbers.update(mapped.findall(maps.read_text(errors="replace")))
         except OSError:  # it has ended, or is another user's: then so are its files
             continue
-    return keys
+    return numbers
 
 
 def _is_ours(path: Path) -> bool:
