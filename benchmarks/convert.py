@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import gzip
 import io
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import sys
@@ -27,9 +27,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import psutil
 import tiktoken
 import tokenizers
-from streaming import StreamingDataset
 
 from cheaper.config import DataConfig, SourceConfig, StreamConfig
 from cheaper.data.convert import convert_mixture
@@ -89,6 +89,8 @@ def compare(rounds: int, ours: Callable[[], object], theirs: Callable[[], object
 
 
 def check_ids(root: Path, expected: list[list[int]]) -> None:
+    from streaming import StreamingDataset  # brings PyTorch, which each worker would import with this file
+
     dataset = StreamingDataset(local=str(root / "s"), shuffle=False, batch_size=1)
     ids = np.concatenate([dataset[i]["input_ids"] for i in range(len(dataset))])
     flat = np.concatenate([np.array([0, *document, 0]) for document in expected])
@@ -99,12 +101,30 @@ def check_ids(root: Path, expected: list[list[int]]) -> None:
     assert np.array_equal(ids[inside], flat[inside])
 
 
+def peak_memory(path: Path, tokenizer: str, root: Path) -> int:
+    """Converts in a fresh process; returns the highest sum of resident bytes over it and its workers."""
+    process = psutil.Popen([sys.executable, __file__, "--only_convert", path, "--tokenizer", tokenizer, "--root", root])
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):
+            family = [process, *process.children(recursive=True)]
+            peak = max(peak, sum(member.memory_info().rss for member in family))
+        time.sleep(0.05)
+    assert process.returncode == 0
+    return peak
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokenizer", required=True, help="Llama 3's tiktoken .model file")
     parser.add_argument("--megabytes", type=float, default=240)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only_convert", type=Path, help=argparse.SUPPRESS)  # what peak_memory measures
+    parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.only_convert:
+        convert(options.only_convert, options.tokenizer, options.root)
+        return
     folder = Path(tempfile.mkdtemp(prefix="benchmark-convert-"))
     texts = real_texts(options.megabytes)
     path = write(folder / "text.jsonl", texts)
@@ -124,6 +144,9 @@ def main() -> None:
 
     write_sample(folder / "sample")
     own = str(folder / "sample" / "tokenizer")
+    raw = json.loads(Path(own, "tokenizer.json").read_text())
+    Path(own, "tokenizer.json").write_text(json.dumps({**raw, "normalizer": {"type": "NFC"}}))  # tiktoken has none
+    assert isinstance(load_tokenizer(own).engine, tokenizers.Tokenizer)
     library = tokenizers.Tokenizer.from_file(f"{own}/tokenizer.json")
     library.encode_special_tokens = True
     some = texts[: len(texts) // 4]
@@ -131,7 +154,7 @@ def main() -> None:
     expected = [encoding.ids for encoding in library.encode_batch_fast(some, add_special_tokens=False)]
     tokens = convert(part, own, folder / "mds")
     check_ids(folder / "mds", expected)
-    results["byte-level BPE, against tokenizers encode_batch_fast"] = compare(
+    results["a tokenizer that only tokenizers runs, against encode_batch_fast"] = compare(
         options.rounds,
         lambda: convert(part, own, folder / "mds"),
         lambda: library.encode_batch_fast(some, add_special_tokens=False),
@@ -149,9 +172,16 @@ def main() -> None:
         lambda: convert(short, options.tokenizer, folder / "mds"),
         tokens,
     )
+    memory = {}
+    for name, size, opened in (("100 MB", 1e8, open), ("1 GB", 1e9, open), ("1 GB, gz", 1e9, gzip.open)):
+        big = folder / ("big.jsonl.gz" if opened is gzip.open else "big.jsonl")
+        with opened(big, "wb") as file:
+            for _ in range(round(size / path.stat().st_size)):
+                file.write(path.read_bytes())
+        memory[name] = round(peak_memory(big, options.tokenizer, folder / "mds") / 1e6)
+        print(f"peak memory of all processes, {name} of input: {memory[name]} MB", flush=True)
     shutil.rmtree(folder)
 
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     report = {
         "date": datetime.date.today().isoformat(),
         "command": f"python benchmarks/convert.py --megabytes {options.megabytes:g} --rounds {options.rounds}",
@@ -159,10 +189,11 @@ def main() -> None:
         "versions": {name: version(name) for name in ("tiktoken", "tokenizers", "mosaicml-streaming")},
         "python": sys.version.split()[0],
         "megabytes": round(sum(len(text.encode()) for text in texts) / 1e6),
-        "peak_resident_megabytes_of_a_worker": round(peak / 1024),
+        "peak_resident_megabytes_of_all_processes_by_input": memory,
         "results": results,
     }
     target = Path(__file__).parent / "results" / "convert.json"
+    target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(report, indent=2) + "\n")
     for name, result in results.items():
         low, high = result["ratio_min_max"]

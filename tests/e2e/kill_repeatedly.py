@@ -45,13 +45,18 @@ def kill_repeatedly(corpus: Corpus, folder: Path, kills: int, processes: int, se
         log = killed / "samples-0.log"
         size = log.stat().st_size if log.exists() else 0
         life = start(corpus.arguments(killed, *settings, *resume), processes, SLOW="0.08")
-        if rng.random() < 0.2:
+        moment = rng.random()
+        if moment < 0.2:
             time.sleep(rng.uniform(0, 8))
         else:
             while not (log.exists() and log.stat().st_size > size):
                 assert life.poll() is None, life.communicate()[0][-3000:]
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 2))
+        if moment > 0.6:  # wait for the next save
+            until = time.monotonic() + 2
+            while time.monotonic() < until and not list(killed.glob(".partial*")):
+                pass
         started = log.exists() and log.stat().st_size > size
         kill(life)
         saving = bool(list(killed.glob(".partial*")))
