@@ -4,6 +4,7 @@ import bz2
 import gzip
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -260,7 +261,7 @@ def wait_for_shards(folder: Path, count: int, process: subprocess.Popen) -> None
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KILL_SEEDS", "2"))))  # two kills each
 def test_killed_at_random_it_goes_on_without_a_missing_or_double_document(big, tmp_path, seed):
     command, whole = big
     rng = random.Random(seed)

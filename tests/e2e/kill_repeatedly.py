@@ -5,6 +5,8 @@
 Each life is killed (SIGKILL, all its processes) at a random moment: while it starts, in a step, in a save (there is a
 checkpoint every second step). Checked at the end: the same samples in the same order on every rank, the same loss at
 every step and the same final weights, bit for bit; no partial file, no shared memory left, every shard still there.
+
+Conversions are killed by a test of theirs: ``KILL_SEEDS=25 pytest tests/data/test_convert.py -k killed_at_random``.
 """
 
 from __future__ import annotations
