@@ -222,6 +222,10 @@ def _out_of_range(config: Any, path: str = "") -> list[Problem]:
                 problems.append((key, f"is {value}: expected a number ≥ {spec.metadata['min']}"))
             if "above" in spec.metadata and not value > spec.metadata["above"]:
                 problems.append((key, f"is {value}: expected a number > {spec.metadata['above']}"))
+            if "max" in spec.metadata and not value <= spec.metadata["max"]:
+                problems.append((key, f"is {value}: expected a number ≤ {spec.metadata['max']}"))
+            if "below" in spec.metadata and not value < spec.metadata["below"]:
+                problems.append((key, f"is {value}: expected a number < {spec.metadata['below']}"))
             if "choices" in spec.metadata and value not in spec.metadata["choices"]:
                 problems.append((key, f"is {value}: expected one of {', '.join(spec.metadata['choices'])}"))
     return problems

@@ -26,6 +26,16 @@ def one_of(*choices: str) -> Any:
 
 
 @dataclass
+class RopeScalingConfig:
+    """Llama 3.1's scaling of the rotary frequencies; a factor of 1 is none."""
+
+    factor: float = at_least(1, default=1.0)
+    low_freq_factor: float = above(0, default=1.0)
+    high_freq_factor: float = above(0, default=4.0)
+    original_max_position_embeddings: int = at_least(1, default=8192)
+
+
+@dataclass
 class ModelConfig:
     """Shape of a dense decoder. Sizes are counts of layers, heads, features, words or tokens."""
 
@@ -40,6 +50,7 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     qk_norm: bool = True
     rope_theta: float = above(0, default=500_000.0)
+    rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     norm_eps: float = above(0, default=1e-5)
     max_position_embeddings: int = at_least(1, default=4096)
     initializer_std: float = above(0, default=0.02)
@@ -62,6 +73,26 @@ class StageConfig:
     eps: float = above(0, default=1e-8)
     weight_decay: float = at_least(0, default=0.0)  # on matrices only
     max_grad_norm: float = above(0, default=1.0)
+
+
+@dataclass
+class DistillationConfig:
+    """Loss: kd_alpha · T² · divergence(teacher, student) + (1 - kd_alpha) · cross-entropy."""
+
+    kd_alpha: float = field(default=1.0, metadata={"min": 0, "max": 1})
+    temperature: float = above(0, default=1.0)
+    divergence: str = one_of("forward_kl", "reverse_kl", "jensen_shannon")
+    beta: float = field(default=0.5, metadata={"above": 0, "below": 1})  # of jensen_shannon: the teacher's share
+    top_k: int | None = None  # only the teacher's k most likely words, all others as one; by default every word
+
+
+@dataclass
+class LongContextConfig:
+    """Prepares the model for longer rows, see ``cheaper.algorithms.long_context``."""
+
+    enabled: bool = False
+    rope_theta_factor: float = at_least(1, default=8.0)
+    max_position_embeddings: int = at_least(1, default=32768)
 
 
 @dataclass
@@ -92,6 +123,10 @@ class TrainingConfig:
     checkpoint_dir: str = "runs/${run_name}"  # everything the run writes
     checkpoint_interval: int = at_least(1, default=1000)  # steps
     keep_checkpoints: int = at_least(1, default=3)  # the newest ones; older files are deleted
+    teacher_model: str | None = None  # distil from it: a run folder, a checkpoint, a transformers folder or a hub id
+    teacher_cache: str | None = None  # distil from what `cheaper cache-teacher` kept of it; may be a URL
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    long_context: LongContextConfig = field(default_factory=LongContextConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     expected: dict[str, ExpectedConfig] = field(default_factory=dict)  # by model name
 

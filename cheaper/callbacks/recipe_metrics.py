@@ -17,8 +17,9 @@ from cheaper.algorithms.gradient_clipping import GradientClipping
 class RecipeMetrics(Callback):
     """Logs every ``interval`` steps, each figure over the steps since the last record.
 
-    ``train/loss`` is the mean cross-entropy per target in nats, ``train/accuracy`` the share of targets that are the
-    most likely word, ``train/perplexity`` exp(loss); ``train/learning_rate`` and ``train/grad_norm`` (before clipping)
+    ``train/loss`` is the mean loss per target in nats, as it is optimised; ``train/accuracy`` the share of targets that
+    are the most likely word, and whatever else the loss reports is a mean per target too (in distillation
+    ``train/kd_loss``, ``train/cross_entropy``, ``train/teacher_agreement``); ``train/perplexity`` exp(cross-entropy); ``train/learning_rate`` and ``train/grad_norm`` (before clipping)
     are those of the last step; ``train/tokens_per_second`` counts all devices; ``train/mfu`` is the share of the peak;
     ``data/tokens/<stream>`` counts tokens since the start of the run, ``data/share/<stream>`` their share;
     ``time/hours_left`` and ``cost/left`` extrapolate the record's speed; ``system/gpu_memory`` is the peak in GiB.
@@ -46,12 +47,14 @@ class RecipeMetrics(Callback):
         self.clipping, self.price_per_gpu_hour = clipping, price_per_gpu_hour
         self.stream_tokens = torch.zeros(len(streams), dtype=torch.int64)  # all ranks, up to the last record
         self._new_stream_tokens = torch.zeros_like(self.stream_tokens)  # this rank, since then
-        self._sums = torch.zeros(3, dtype=torch.float64)  # loss, correct, targets of this rank since the last record
+        self._sums: dict[str, torch.Tensor] = {}  # over this rank's targets since the last record, and their number
+        self._device = torch.device("cpu")
         self._learning_rate = 0.0
         self._clock = (0.0, 0)  # seconds and tokens at the last record
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._sums = state.device.tensor_to_device(self._sums.float())
+        self._device = state.device._device
+        self._sums = {name: value.to(self._device) for name, value in self._sums.items()}
         self._clock = (time.perf_counter(), int(state.timestamp.token))
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -61,7 +64,8 @@ class RecipeMetrics(Callback):
     def after_forward(self, state: State, logger: Logger) -> None:
         out = state.outputs
         # Stays on the device: reading it here would make the device wait in every micro-batch.
-        self._sums += torch.stack([out.loss_sum.detach(), out.num_correct, out.num_targets]).to(self._sums)
+        for name, value in {"targets": out.num_targets, "loss": out.loss_sum, **out.sums}.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach().double()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         finished = state.timestamp >= state.max_duration
@@ -69,19 +73,18 @@ class RecipeMetrics(Callback):
             logger.log_metrics(self._record(state))
 
     def _record(self, state: State) -> dict[str, float]:
-        dist.all_reduce(self._sums)
-        loss_sum, correct, targets = self._sums.tolist()
-        self._sums.zero_()
-        self._add_stream_tokens(state)
+        means = self._summed_over_ranks()
+        self._sums = {}
+        self._add_stream_tokens()
+        targets = max(means.pop("targets"), 1)
+        means = {name: value / targets for name, value in means.items()}
         now, tokens = time.perf_counter(), int(state.timestamp.token)
         speed = (tokens - self._clock[1]) / (now - self._clock[0])
         self._clock = (now, tokens)
-        loss = loss_sum / max(targets, 1)
         hours_left = max(0, int(state.max_duration) - tokens) / speed / 3600
         record = {
-            "train/loss": loss,
-            "train/accuracy": correct / max(targets, 1),
-            "train/perplexity": math.exp(min(loss, 700)),
+            **{f"train/{name}": value for name, value in means.items()},
+            "train/perplexity": math.exp(min(means.get("cross_entropy", means["loss"]), 700)),
             "train/learning_rate": self._learning_rate,
             "train/grad_norm": float(self.clipping.norm),
             "train/tokens_per_second": speed,
@@ -98,20 +101,25 @@ class RecipeMetrics(Callback):
             record[f"data/share/{name}"] = count / total
         return record
 
-    def _add_stream_tokens(self, state: State) -> None:
-        counts = state.device.tensor_to_device(self._new_stream_tokens.clone())
+    def _summed_over_ranks(self) -> dict[str, float]:
+        values = torch.stack(list(self._sums.values()))
+        dist.all_reduce(values)
+        return dict(zip(self._sums, values.tolist(), strict=True))
+
+    def _add_stream_tokens(self) -> None:
+        counts = self._new_stream_tokens.to(self._device, copy=True)
         dist.all_reduce(counts)
         self.stream_tokens += counts.cpu()
         self._new_stream_tokens.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         # Rank 0 writes the checkpoint, and this is called on every rank: sum over ranks what it must remember.
-        sums, tokens = self._sums.clone(), self._new_stream_tokens.to(self._sums.device, copy=True)
-        dist.all_reduce(sums)
+        tokens = self._new_stream_tokens.to(self._device, copy=True)
         dist.all_reduce(tokens)
-        return {"sums": sums.cpu(), "stream_tokens": self.stream_tokens + tokens.cpu(), "streams": self.streams}
+        sums = self._summed_over_ranks() if self._sums else {}
+        return {"sums": sums, "stream_tokens": self.stream_tokens + tokens.cpu(), "streams": self.streams}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream_tokens = state["stream_tokens"]
-        if dist.get_global_rank() == 0:
-            self._sums = state["sums"].double()
+        mine = float(dist.get_global_rank() == 0)
+        self._sums = {name: torch.tensor(value * mine, dtype=torch.float64) for name, value in state["sums"].items()}

@@ -50,7 +50,6 @@ class RunSummary(LoggerDestination):
             get_device(None)._device,
             torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32,
             self.config.model.use_flash_attention,
-            self.config.data.intra_document_attention,
         )
         return {
             "run": self.config.run_name,

@@ -2,12 +2,13 @@
 
 A batch is a dict of tensors::
 
-    input_ids     [B, T] int64   token ids; rows shorter than the longest are padded with 0 on the right
-    labels        [B, T] int64   the same ids, IGNORED where there is no target; the model shifts them
-    row_tokens    [B] int64      tokens of the row without padding
-    stream        [B] int64      which stream the row comes from, in the order of ``DataConfig.streams``
-    sample        [B] int64      the row's number in the whole mixture
-    document_ids  [B, T] int64   only with ``intra_document_attention``: which document of its row a token belongs to
+    input_ids         [B, T] int64   token ids; rows shorter than the longest are padded with 0 on the right
+    labels            [B, T] int64   the same ids, IGNORED where there is no target; the model shifts them
+    row_tokens        [B] int64      tokens of the row without padding
+    stream            [B] int64      which stream the row comes from, in the order of ``DataConfig.streams``
+    sample            [B] int64      the row's number in the whole mixture
+    document_lengths  [B, N] int64   only where attention stays inside documents: their lengths, then those of the
+                                     padding and zeros; T in all
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from cheaper.data.manifest import Manifest
 from cheaper.data.mixing import EVENLY
 from cheaper.data.tokenize import Tokenizer
 from cheaper.errors import UserError
-from cheaper.models.decoder import IGNORED, count_targets
+from cheaper.losses.chunked import IGNORED
+from cheaper.models.decoder import count_targets
 
 
 class MixedTokenDataset(StreamingDataset):
@@ -74,7 +76,7 @@ def build_dataloader(data: DataConfig, batch_size: int, seed: int) -> DataSpec:
         dataset,
         batch_size=batch_size,
         num_workers=data.num_workers,
-        collate_fn=functools.partial(collate, with_documents=data.intra_document_attention),
+        collate_fn=functools.partial(collate, within_documents=data.intra_document_attention),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_parent,
     )
@@ -86,22 +88,18 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def collate(rows: list[dict[str, Any]], with_documents: bool = False) -> dict[str, torch.Tensor]:
+def collate(rows: list[dict[str, Any]], within_documents: bool = False) -> dict[str, torch.Tensor]:
     """Pads rows to the longest and stacks them into a batch, see the module's docstring."""
     row_tokens = torch.tensor([len(row["input_ids"]) for row in rows])
     width = int(row_tokens.max())
     input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
     labels = torch.full((len(rows), width), IGNORED)
-    # Padding is a document of its own: nothing real attends to it.
-    document_ids = torch.full((len(rows), width), -1)
     for i, row in enumerate(rows):
         tokens = torch.from_numpy(row["input_ids"].astype(np.int64))
         input_ids[i, : len(tokens)] = tokens
-        labels[i, : len(tokens)] = tokens
-        if with_documents:
-            lengths = torch.from_numpy(row["lengths"].astype(np.int64))
-            document_ids[i, : len(tokens)] = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-            labels[i, lengths.cumsum(0)[:-1]] = IGNORED  # nothing that it may see tells a document's first token
+        labels[i, : len(tokens)] = torch.where(_has_loss(row), tokens, IGNORED)
+        if within_documents:  # nothing that it may see tells a document's first token
+            labels[i, row["lengths"].cumsum(dtype=np.int64)[:-1]] = IGNORED
     batch = {
         "input_ids": input_ids,
         "labels": labels,
@@ -109,7 +107,20 @@ def collate(rows: list[dict[str, Any]], with_documents: bool = False) -> dict[st
         "stream": torch.tensor([row["stream"] for row in rows]),
         "sample": torch.tensor([row["sample"] for row in rows]),
     }
-    return {**batch, "document_ids": document_ids} if with_documents else batch
+    if within_documents:
+        # Padding is a document of its own: nothing real attends to it.
+        lengths = [[*row["lengths"].tolist(), width - len(row["input_ids"])] for row in rows]
+        most = max(map(len, lengths))
+        batch["document_lengths"] = torch.tensor([row + [0] * (most - len(row)) for row in lengths])
+    return batch
+
+
+def _has_loss(row: dict[str, Any]) -> torch.Tensor:
+    """Which tokens of a row have loss; bool [T]."""
+    if "loss_lengths" not in row:
+        return torch.ones(len(row["input_ids"]), dtype=torch.bool)
+    runs = torch.from_numpy(row["loss_lengths"].astype(np.int64))  # without loss, with, without, …
+    return torch.repeat_interleave(torch.arange(len(runs)) % 2 == 1, runs)
 
 
 def count_tokens(batch: dict[str, torch.Tensor]) -> dict[str, int]:

@@ -11,9 +11,9 @@ HALF = (torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("flash_attn") is not None
 
 
-def kernel_name(device: torch.device, dtype: torch.dtype, use_flash_attention: bool, within_documents: bool) -> str:
+def kernel_name(device: torch.device, dtype: torch.dtype, use_flash_attention: bool) -> str:
     """``"flash-attn"`` or ``"PyTorch scaled_dot_product_attention"``, whichever ``causal_attention`` takes."""
-    if use_flash_attention and INSTALLED and dtype in HALF and device.type == "cuda" and not within_documents:
+    if use_flash_attention and INSTALLED and dtype in HALF and device.type == "cuda":
         return "flash-attn"
     return "PyTorch scaled_dot_product_attention"
 
@@ -22,7 +22,7 @@ def causal_attention(
     q_BTHE: torch.Tensor,
     k_BTKE: torch.Tensor,
     v_BTKE: torch.Tensor,
-    mask_B1TT: torch.Tensor | None,
+    document_lengths_BN: torch.Tensor | None,
     use_flash_attention: bool,
 ) -> torch.Tensor:
     """Softmax attention of each token to itself and those before it, scaled by 1/√E.
@@ -31,26 +31,42 @@ def causal_attention(
         q_BTHE: Queries, H heads.
         k_BTKE: Keys; each of the K heads serves H/K query heads.
         v_BTKE: Values.
-        mask_B1TT: From ``document_mask``, where a token attends only to its own document.
+        document_lengths_BN: int64, T in all in each row, where a token attends only to its own document.
         use_flash_attention: Take flash-attn's kernel where it can run.
 
     Returns:
         [B, T, H, E].
     """
-    causal = mask_B1TT is None
-    if kernel_name(q_BTHE.device, q_BTHE.dtype, use_flash_attention, not causal) == "flash-attn":
-        from flash_attn import flash_attn_func
+    flash = kernel_name(q_BTHE.device, q_BTHE.dtype, use_flash_attention) == "flash-attn"
+    if document_lengths_BN is None:
+        return _flash(q_BTHE, k_BTKE, v_BTKE) if flash else _fused(q_BTHE, k_BTKE, v_BTKE)
+    rows = [x.flatten(0, 1) for x in (q_BTHE, k_BTKE, v_BTKE)]
+    if flash:
+        return _flash_documents(*rows, document_lengths_BN, longest=q_BTHE.shape[1]).view_as(q_BTHE)
+    # One call per document: memory and time grow with the documents' lengths squared, not with the row's.
+    lengths = [length for length in document_lengths_BN.flatten().tolist() if length]
+    documents = zip(*(x[None].split(lengths, dim=1) for x in rows), strict=True)
+    return torch.cat([_fused(*document) for document in documents], dim=1).view_as(q_BTHE)
 
-        return flash_attn_func(q_BTHE, k_BTKE, v_BTKE, causal=True)
+
+def _fused(q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor) -> torch.Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
-    # PyTorch's fused kernels take one key head per query head, but for CUDA's half-precision ones without a mask;
-    # asked for groups, the others give way to an unfused one.
-    grouped = q.device.type == "cuda" and q.dtype in HALF and causal
+    # PyTorch's fused kernels take one key head per query head, but for CUDA's half-precision ones; asked for groups,
+    # the others give way to an unfused one.
+    grouped = q.device.type == "cuda" and q.dtype in HALF
     if not grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, mask_B1TT, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
-def document_mask(document_ids_BT: torch.Tensor) -> torch.Tensor:
-    """True where a token may attend: to itself and to those before it of the same document; [B, 1, T, T] bool."""
-    return (document_ids_BT[:, None, :, None] == document_ids_BT[:, None, None, :]).tril()
+def _flash(q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor) -> torch.Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q_BTHE, k_BTKE, v_BTKE, causal=True)
+
+
+def _flash_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, longest: int):
+    from flash_attn import flash_attn_varlen_func
+
+    borders = F.pad(lengths.flatten().cumsum(0), (1, 0)).int()
+    return flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, causal=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from composer.models import ComposerModel
 from torchmetrics import Metric
 
 from cheaper.config import ModelConfig
+from cheaper.losses.cross_entropy import linear_cross_entropy
 from cheaper.models.decoder import Decoder, LossOutput
 
 
@@ -23,8 +26,10 @@ class CausalLM(ComposerModel):
         super().__init__()
         self.model = Decoder(config)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> LossOutput:
-        return self.model(batch["input_ids"], batch["labels"], batch.get("document_ids"))
+    def forward(self, batch: dict[str, Any]) -> LossOutput:
+        """``batch["loss"]`` takes the place of the cross-entropy; an Algorithm may put it there."""
+        loss = batch.get("loss", linear_cross_entropy)
+        return self.model(batch["input_ids"], batch["labels"], batch.get("document_lengths"), loss)
 
     def loss(self, outputs: LossOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Mean over the micro-batch's targets; the trainer weighs micro-batches and ranks by their targets."""
@@ -34,7 +39,7 @@ class CausalLM(ComposerModel):
         """What an ``Evaluator`` reports. Training has none here: its figures are summed from the passes' outputs."""
         if is_train:
             return {}
-        return {"loss": TargetMean("loss_sum"), "perplexity": Perplexity(), "accuracy": TargetMean("num_correct")}
+        return {"loss": TargetMean(), "perplexity": Perplexity(), "accuracy": TargetMean("accuracy")}
 
     def update_metric(self, batch: dict[str, torch.Tensor], outputs: LossOutput, metric: Metric) -> None:
         metric.update(outputs)
@@ -44,19 +49,19 @@ class TargetMean(Metric):
     """Mean per target over all batches and ranks.
 
     Args:
-        field: Which field of ``LossOutput`` is averaged.
+        name: Which of ``LossOutput.sums`` is averaged; the loss by default.
     """
 
     full_state_update = False  # lets torchmetrics call ``update`` once a batch
 
-    def __init__(self, field: str):
+    def __init__(self, name: str | None = None):
         super().__init__()
-        self.field = field
+        self.name = name
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_targets", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, outputs: LossOutput) -> None:
-        self.total += getattr(outputs, self.field)
+        self.total += outputs.sums[self.name] if self.name else outputs.loss_sum
         self.num_targets += outputs.num_targets
 
     def compute(self) -> torch.Tensor:
@@ -65,9 +70,6 @@ class TargetMean(Metric):
 
 class Perplexity(TargetMean):
     """exp of the mean cross-entropy."""
-
-    def __init__(self):
-        super().__init__("loss_sum")
 
     def compute(self) -> torch.Tensor:
         return super().compute().exp()

@@ -11,36 +11,42 @@ Axes are written as suffixes: B rows, T tokens, D width, H query heads, K key he
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cheaper.config import ModelConfig
-from cheaper.losses.cross_entropy import IGNORED, linear_cross_entropy
-from cheaper.models.attention import causal_attention, document_mask
+from cheaper.config import ModelConfig, RopeScalingConfig
+from cheaper.losses.chunked import IGNORED
+from cheaper.losses.cross_entropy import linear_cross_entropy
+from cheaper.models.attention import causal_attention
+
+# From hidden states [N, D], the output matrix [V, D] and labels [N] to the loss and other figures, summed over targets.
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class LossOutput(NamedTuple):
     """What a pass with labels returns: scalars on the model's device, which nothing has waited for yet."""
 
     loss_sum: torch.Tensor  # fp32, nats, summed over the targets; differentiable
-    num_correct: torch.Tensor  # int64, targets that are the model's most likely word
     num_targets: torch.Tensor  # int64
+    sums: dict[str, torch.Tensor]  # other figures, summed over the targets: "accuracy", and what else the loss reports
 
 
 class Decoder(nn.Module):
     """A causal language model from token ids to logits or to the loss.
 
     Args:
-        config: The shape. ``config.rope_theta`` is read in every pass, so it may be raised later.
+        config: The shape. The decoder keeps a copy, whose ``rope_theta`` is read in every pass and may be raised later.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        config = self.config = dataclasses.replace(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
@@ -85,42 +91,52 @@ class Decoder(nn.Module):
         self,
         input_ids_BT: torch.Tensor,
         labels_BT: torch.Tensor | None = None,
-        document_ids_BT: torch.Tensor | None = None,
+        document_lengths_BN: torch.Tensor | None = None,
+        loss: Loss = linear_cross_entropy,
     ) -> torch.Tensor | LossOutput:
         """Logits, or with labels the loss.
 
         Args:
             input_ids_BT: int64 token ids.
             labels_BT: int64 ids, ``IGNORED`` where there is no target, *not* shifted: position t is predicted from the
-                tokens before t. The shift happens here and in ``count_targets`` only.
-            document_ids_BT: int64, one id for each document of a row, its tokens in one piece. Where given, attention
-                and positions stay inside documents. The labels alone say what is a target: whoever makes document
-                ids sets the label of each document's first token to ``IGNORED``, for nothing that it may see tells
-                it. Without ids a document's end predicts the next one's start, as in the paper.
+                tokens before t. The shift happens in ``predictors`` and ``targets`` only.
+            document_lengths_BN: int64, the lengths of each row's documents in order, filled up with zeros, T in all.
+                Where given, attention and positions stay inside documents. The labels alone say what is a target:
+                whoever makes document lengths sets the label of each document's first token to ``IGNORED``, for nothing
+                that it may see tells it. Without them a document's end predicts the next one's start, as in the paper.
+            loss: What is made of hidden states, output matrix and targets.
 
         Returns:
             Logits [B, T, V] without labels, else a ``LossOutput``.
         """
-        hidden_BTD = self.hidden(input_ids_BT, document_ids_BT)
+        hidden_BTD = self.hidden(input_ids_BT, document_lengths_BN)
         if labels_BT is None:
             return F.linear(hidden_BTD, self.output_weight)
-        targets_N = labels_BT[:, 1:].flatten()
-        loss_sum, num_correct = linear_cross_entropy(hidden_BTD[:, :-1].flatten(0, 1), self.output_weight, targets_N)
-        return LossOutput(loss_sum, num_correct, count_targets(labels_BT))
+        loss_sum, sums = loss(predictors(hidden_BTD), self.output_weight, targets(labels_BT))
+        return LossOutput(loss_sum, count_targets(labels_BT), sums)
 
-    def hidden(self, input_ids_BT: torch.Tensor, document_ids_BT: torch.Tensor | None = None) -> torch.Tensor:
+    def hidden(self, input_ids_BT: torch.Tensor, document_lengths_BN: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, T, D] after the last norm."""
         x_BTD = self.embedding(input_ids_BT)
-        rotation = rotary_rotation(_positions(input_ids_BT, document_ids_BT), self.config)
-        mask_B1TT = None if document_ids_BT is None else document_mask(document_ids_BT)
+        rotation = rotary_rotation(_positions(input_ids_BT, document_lengths_BN), self.config)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rotation, mask_B1TT)
+            x_BTD = block(x_BTD, rotation, document_lengths_BN)
         return self.norm(x_BTD)
+
+
+def predictors(x_BTD: torch.Tensor) -> torch.Tensor:
+    """What predicts the ``targets``, token by token: all but the last of each row; [B · (T - 1), …]."""
+    return x_BTD[:, :-1].flatten(0, 1)
+
+
+def targets(labels_BT: torch.Tensor) -> torch.Tensor:
+    """What is predicted: all but the first of each row; [B · (T - 1)]."""
+    return labels_BT[:, 1:].flatten()
 
 
 def count_targets(labels_BT: torch.Tensor) -> torch.Tensor:
     """How many tokens the loss of ``labels`` [B, T] is summed over; int64 scalar."""
-    return (labels_BT[:, 1:] != IGNORED).sum()
+    return (targets(labels_BT) != IGNORED).sum()
 
 
 class Block(nn.Module):
@@ -137,9 +153,9 @@ class Block(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-        mask_B1TT: torch.Tensor | None,
+        document_lengths_BN: torch.Tensor | None,
     ) -> torch.Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask_B1TT)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, document_lengths_BN)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
 
@@ -158,7 +174,7 @@ class Attention(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-        mask_B1TT: torch.Tensor | None,
+        document_lengths_BN: torch.Tensor | None,
     ) -> torch.Tensor:
         E = self.config.head_dim
         q_BTHE = rotate(self.wq(x_BTD).unflatten(-1, (-1, E)), rotation)
@@ -168,7 +184,7 @@ class Attention(nn.Module):
             q_BTHE = F.rms_norm(q_BTHE, (E,), eps=self.config.norm_eps)
             k_BTKE = F.rms_norm(k_BTKE, (E,), eps=self.config.norm_eps)
         q_BTHE, k_BTKE = q_BTHE.to(v_BTKE.dtype), k_BTKE.to(v_BTKE.dtype)
-        out_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, mask_B1TT, self.config.use_flash_attention)
+        out_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, document_lengths_BN, self.config.use_flash_attention)
         return self.wo(out_BTHE.flatten(-2))
 
 
@@ -199,8 +215,18 @@ def rotary_rotation(positions: torch.Tensor, config: ModelConfig) -> tuple[torch
         Two tensors [(B,) T, 1, E/2].
     """
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    angles = positions[..., None, None].float() * config.rope_theta**-exponents
+    frequencies = _scaled(config.rope_theta**-exponents, config.rope_scaling)
+    angles = positions[..., None, None].float() * frequencies
     return angles.cos(), angles.sin()
+
+
+def _scaled(frequencies: torch.Tensor, scaling: RopeScalingConfig) -> torch.Tensor:
+    """Llama 3.1's frequencies: those that turn slowly are divided by the factor, with a smooth passage to the rest."""
+    if scaling.factor == 1:
+        return frequencies
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # over the original context
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(frequencies / scaling.factor, frequencies, kept.clamp(0, 1))
 
 
 def rotate(x_BTHE: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -210,10 +236,11 @@ def rotate(x_BTHE: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) ->
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-def _positions(input_ids_BT: torch.Tensor, document_ids_BT: torch.Tensor | None) -> torch.Tensor:
+def _positions(input_ids_BT: torch.Tensor, document_lengths_BN: torch.Tensor | None) -> torch.Tensor:
     """Positions from 0: [T], or [B, T] that start again at each document."""
     positions_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
-    if document_ids_BT is None:
+    if document_lengths_BN is None:
         return positions_T
-    starts_BT = F.pad(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], (1, 0), value=True)
-    return positions_T - torch.where(starts_BT, positions_T, 0).cummax(-1).values
+    starts_BN = document_lengths_BN.cumsum(-1) - document_lengths_BN
+    starts = starts_BN.flatten().repeat_interleave(document_lengths_BN.flatten(), output_size=input_ids_BT.numel())
+    return positions_T - starts.view_as(input_ids_BT)

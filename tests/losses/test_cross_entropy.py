@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cheaper.losses import cross_entropy
-from cheaper.losses.cross_entropy import IGNORED, linear_cross_entropy
+from cheaper.losses import chunked
+from cheaper.losses.chunked import IGNORED
+from cheaper.losses.cross_entropy import linear_cross_entropy
 
 
 def inputs(tokens: int, width: int = 16, words: int = 101, seed: int = 0):
@@ -29,14 +30,14 @@ def plain(hidden, weight, labels):
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_equals_the_plain_loss_with_all_gradients(monkeypatch, tokens, rows):
-    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 4 * 101)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", rows * 4 * 101)
     hidden, weight, labels = inputs(tokens)
     expected, expected_correct = plain(hidden, weight, labels)
     expected_grads = torch.autograd.grad(expected * 0.37, [hidden, weight])
-    loss, correct = linear_cross_entropy(hidden, weight, labels)
+    loss, sums = linear_cross_entropy(hidden, weight, labels)
     grads = torch.autograd.grad(loss * 0.37, [hidden, weight])
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-    assert correct == expected_correct
+    assert sums["accuracy"] == expected_correct
     for ours, theirs in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -50,10 +51,10 @@ def test_large_logits_do_not_overflow():
 
 def test_nothing_to_learn_gives_zero_loss_and_zero_gradients():
     hidden, weight, labels = inputs(8)
-    loss, correct = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORED))
+    loss, sums = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORED))
     grads = torch.autograd.grad(loss, [hidden, weight])
     assert loss == 0
-    assert correct == 0
+    assert sums["accuracy"] == 0
     assert all((grad == 0).all() for grad in grads)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cheaper.losses.cross_entropy import IGNORED
+from cheaper.losses.chunked import IGNORED
 from cheaper.models.attention import kernel_name
 from cheaper.models.decoder import Decoder, count_targets
 from tests.numerics.test_llama4_parity import randomise, small, tokens
@@ -50,7 +50,7 @@ def test_the_loss_is_that_of_the_shifted_logits(decoder):
     torch.testing.assert_close(out.loss_sum, expected, rtol=1e-5, atol=1e-5)
     assert out.num_targets == count_targets(labels) == 2 * 63 - 29
     hits = (logits.argmax(-1) == labels[:, 1:]) & (labels[:, 1:] != IGNORED)
-    assert out.num_correct == hits.sum()
+    assert out.sums["accuracy"] == hits.sum()
 
 
 def test_a_token_sees_only_those_before_it(decoder):
@@ -65,8 +65,7 @@ def test_a_token_sees_only_those_before_it(decoder):
 def test_documents_of_one_row_do_not_see_each_other(decoder):
     lengths = [10, 1, 23, 30]
     ids = tokens(decoder.config, rows=1, length=sum(lengths))
-    document_ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
-    together = decoder(ids, document_ids_BT=document_ids)
+    together = decoder(ids, document_lengths_BN=torch.tensor([[*lengths, 0]]))
     alone = torch.cat([decoder(part) for part in ids.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(decoder(ids), alone, atol=1e-2)
@@ -150,6 +149,6 @@ def test_bf16_autocast_stays_near_fp32_and_gradients_are_fp32():
 def test_which_kernel_runs_is_said():
     """A CPU test of a GPU feature: only the choice is tested, flash-attn cannot run here."""
     pytorch = "PyTorch scaled_dot_product_attention"
-    assert kernel_name(torch.device("cpu"), torch.bfloat16, True, False) == pytorch
-    assert kernel_name(torch.device("cuda"), torch.float32, True, False) == pytorch
-    assert kernel_name(torch.device("cuda"), torch.bfloat16, False, False) == pytorch
+    assert kernel_name(torch.device("cpu"), torch.bfloat16, True) == pytorch
+    assert kernel_name(torch.device("cuda"), torch.float32, True) == pytorch
+    assert kernel_name(torch.device("cuda"), torch.bfloat16, False) == pytorch

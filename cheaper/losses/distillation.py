@@ -1,0 +1,225 @@
+"""Knowledge distillation straight from hidden states: neither model's logits exist beyond a chunk of tokens.
+
+The loss of a target is
+
+    α · T² · divergence(p, q) + (1 - α) · cross-entropy        (Hinton et al., arXiv 1503.02531, section 2)
+
+where p and q are the teacher's and the student's distributions at temperature T. ``linear_distillation`` has the
+teacher's hidden states; ``sparse_distillation`` only some of its probabilities, from a cache or of its top words.
+
+Where two models have different numbers of words, as when one is padded, both distributions are over the words that
+both have.
+
+Axes are written as suffixes: N tokens, C tokens of a chunk, D and E widths, V words, K kept words.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from cheaper.config import DistillationConfig
+from cheaper.losses.chunked import IGNORED, chunked_loss
+
+SUMS = ("kd_loss", "cross_entropy", "accuracy", "teacher_agreement")
+
+
+@dataclass(frozen=True)
+class SparseTeacher:
+    """What is kept of a teacher's distribution at each token.
+
+    Args:
+        ids_NK: int64, the kept words; where fewer than K are kept the rest have probability 0.
+        probabilities_NK: fp32, at the temperature of the distillation.
+        tail_N: fp32, the mass of all other words, kept as one bucket; ``None`` where ``probabilities`` is an unbiased
+            estimate of the whole distribution.
+        entropy_N: fp32, of the whole distribution in nats; needed where there is no tail.
+        most_likely_N: int64.
+    """
+
+    ids_NK: torch.Tensor
+    probabilities_NK: torch.Tensor
+    tail_N: torch.Tensor | None
+    entropy_N: torch.Tensor | None
+    most_likely_N: torch.Tensor
+
+    @classmethod
+    def top(cls, logits_NV: torch.Tensor, k: int, temperature: float) -> SparseTeacher:
+        """The ``k`` most likely words of ``logits``, and the rest in one bucket."""
+        probabilities = (logits_NV.float() / temperature).softmax(-1)
+        kept = probabilities.topk(min(k, logits_NV.shape[-1]), dim=-1)
+        rest = probabilities.scatter_(1, kept.indices, 0).sum(-1)  # not 1 - Σ kept, which cancels
+        return cls(kept.indices, kept.values, rest, None, kept.indices[:, 0])
+
+    def rows(self, chunk: slice) -> SparseTeacher:
+        parts = (self.ids_NK, self.probabilities_NK, self.tail_N, self.entropy_N, self.most_likely_N)
+        return SparseTeacher(*(None if part is None else part[chunk] for part in parts))
+
+
+def linear_distillation(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    teacher_hidden_NE: torch.Tensor,
+    teacher_weight_VE: torch.Tensor,
+    settings: DistillationConfig,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Distillation from a teacher's hidden states and output matrix, summed over the targets.
+
+    Args:
+        hidden_ND: The student's; floating point.
+        weight_VD: The student's output matrix.
+        labels_N: int64, 0 … V-1, or ``IGNORED`` where there is no target and so no loss of either kind.
+        teacher_hidden_NE: The teacher's; takes no gradient.
+        teacher_weight_VE: The teacher's output matrix, of the same type as its hidden states.
+        settings: α, T, the divergence, and how many of the teacher's words count (``top_k``).
+
+    Returns:
+        The sum of the losses in nats (fp32 scalar, differentiable once), and the sums of ``kd_loss`` (T² · divergence),
+        ``cross_entropy``, ``accuracy`` and ``teacher_agreement`` (targets at which both find the same word most likely).
+    """
+    words = min(weight_VD.shape[0], teacher_weight_VE.shape[0])
+    teacher_weight = teacher_weight_VE[:words]
+
+    def objective(logits_CV: torch.Tensor, chunk: slice, needs_grad: bool) -> tuple[torch.Tensor, ...]:
+        teacher_logits_CV = teacher_hidden_NE[chunk] @ teacher_weight.T
+        if settings.top_k:
+            teacher = SparseTeacher.top(teacher_logits_CV, settings.top_k, settings.temperature)
+            return _sparse_(teacher, labels_N[chunk], settings, logits_CV, needs_grad)
+        return _dense_(teacher_logits_CV, labels_N[chunk], settings, logits_CV, needs_grad)
+
+    loss, *sums = chunked_loss(hidden_ND, weight_VD[:words], objective)
+    return loss, dict(zip(SUMS, sums, strict=True))
+
+
+def sparse_distillation(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    teacher: SparseTeacher,
+    settings: DistillationConfig,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Distillation by forward KL from what was kept of the teacher; returns what ``linear_distillation`` returns.
+
+    With a tail, the words that were not kept are one bucket for the student too. Without one,
+    KL = Σ p̂ · (-log q) - H(p) is unbiased where p̂ is, and so is its gradient q - p̂ ("Sparse Logit Sampling",
+    Anshumann et al., ACL 2025, section 4).
+    """
+
+    def objective(logits_CV: torch.Tensor, chunk: slice, needs_grad: bool) -> tuple[torch.Tensor, ...]:
+        return _sparse_(teacher.rows(chunk), labels_N[chunk], settings, logits_CV, needs_grad)
+
+    loss, *sums = chunked_loss(hidden_ND, weight_VD, objective)
+    return loss, dict(zip(SUMS, sums, strict=True))
+
+
+class _Student(NamedTuple):
+    """One chunk of the student's distribution, fp32."""
+
+    log_q_CV: torch.Tensor  # at the temperature
+    cross_entropy_C: torch.Tensor
+    most_likely_C: torch.Tensor
+
+
+def _student(logits_CV: torch.Tensor, index_C1: torch.Tensor, temperature: float) -> _Student:
+    log_q = torch.log_softmax(logits_CV if temperature == 1 else logits_CV / temperature, -1, dtype=torch.float32)
+    plain = log_q if temperature == 1 else torch.log_softmax(logits_CV, -1, dtype=torch.float32)
+    return _Student(log_q, -plain.gather(1, index_C1)[:, 0], logits_CV.argmax(-1))
+
+
+def _dense_(
+    teacher_logits_CV: torch.Tensor,
+    labels_C: torch.Tensor,
+    settings: DistillationConfig,
+    logits_CV: torch.Tensor,
+    needs_grad: bool,
+) -> tuple[torch.Tensor, ...]:
+    student = _student(logits_CV, labels_C.clamp(min=0)[:, None], settings.temperature)
+    most_likely = teacher_logits_CV.argmax(-1)
+    scaled = teacher_logits_CV if settings.temperature == 1 else teacher_logits_CV / settings.temperature
+    log_p_CV = torch.log_softmax(scaled, -1, dtype=torch.float32)
+    divergence, gradient = DIVERGENCES[settings.divergence](log_p_CV, student.log_q_CV, settings.beta)
+    return _finish_(student, divergence, gradient, most_likely, labels_C, settings, logits_CV, needs_grad)
+
+
+def _sparse_(
+    teacher: SparseTeacher, labels_C: torch.Tensor, settings: DistillationConfig, logits_CV: torch.Tensor, needs_grad
+) -> tuple[torch.Tensor, ...]:
+    student = _student(logits_CV, labels_C.clamp(min=0)[:, None], settings.temperature)
+    p_CK, log_q_CK = teacher.probabilities_NK, student.log_q_CV.gather(1, teacher.ids_NK)
+    cross = -(p_CK * log_q_CK).sum(-1)
+    q_CV = student.log_q_CV.exp_()
+    if teacher.tail_N is None:
+        divergence = cross - teacher.entropy_N
+    else:
+        # The words that were kept stand on their own, all others are one word of probability q_tail.
+        rest_CV = q_CV.scatter_(1, teacher.ids_NK, 0)
+        q_tail = rest_CV.sum(-1).clamp(min=1e-30)
+        divergence = cross - teacher.tail_N * q_tail.log() + torch.xlogy(p_CK, p_CK).sum(-1)
+        divergence += torch.xlogy(teacher.tail_N, teacher.tail_N)
+        q_CV = rest_CV.mul_(1 - teacher.tail_N[:, None] / q_tail[:, None]).scatter_(1, teacher.ids_NK, log_q_CK.exp())
+    gradient = q_CV.scatter_add_(1, teacher.ids_NK, -p_CK)
+    return _finish_(student, divergence, gradient, teacher.most_likely_N, labels_C, settings, logits_CV, needs_grad)
+
+
+def _finish_(
+    student: _Student,
+    divergence_C: torch.Tensor,
+    gradient_CV: torch.Tensor,
+    teacher_most_likely_C: torch.Tensor,
+    labels_C: torch.Tensor,
+    settings: DistillationConfig,
+    logits_CV: torch.Tensor,
+    needs_grad: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Puts α·T·(gradient of the divergence) + (1 - α)·(q - onehot) in the place of the logits; returns the sums."""
+    alpha, temperature, is_target = settings.kd_alpha, settings.temperature, labels_C != IGNORED
+    kd = temperature**2 * divergence_C
+    if needs_grad:
+        gradient_CV.mul_(alpha * temperature)
+        if alpha != 1:
+            gradient_CV.add_(logits_CV.softmax(-1, dtype=torch.float32), alpha=1 - alpha)
+            index = labels_C.clamp(min=0)[:, None]
+            gradient_CV.scatter_add_(1, index, torch.full_like(index, alpha - 1, dtype=torch.float32))
+        logits_CV.copy_(gradient_CV.mul_(is_target[:, None]))
+    sums = (
+        alpha * kd + (1 - alpha) * student.cross_entropy_C,
+        kd,
+        student.cross_entropy_C,
+        student.most_likely_C == labels_C,
+        student.most_likely_C == teacher_most_likely_C,
+    )
+    return tuple((value * is_target).sum() for value in sums)
+
+
+# ---- divergences: of log p and log q [C, V] (which they may overwrite), per token, and their gradients with respect to
+# the student's logits at the temperature
+
+
+def _forward_kl(log_p: torch.Tensor, log_q: torch.Tensor, _beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p‖q) = Σ p (log p - log q); its gradient is q - p."""
+    p, q = log_p.exp(), log_q.exp()
+    return torch.linalg.vecdot(p, log_p.sub_(log_q)), q.sub_(p)
+
+
+def _reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor, _beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(q‖p) = Σ q (log q - log p)."""
+    q, slope = log_q.exp(), log_q - log_p
+    divergence = torch.linalg.vecdot(q, slope)
+    return divergence, q.mul_(slope.sub_(divergence[:, None]))
+
+
+def _jensen_shannon(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """β·KL(p‖m) + (1 - β)·KL(q‖m) with m = βp + (1 - β)q (Agarwal et al., arXiv 2306.13649, equation 1)."""
+    p, q = log_p.exp(), log_q.exp()
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+    slope = log_q - log_m
+    own = torch.linalg.vecdot(q, slope)
+    divergence = beta * torch.linalg.vecdot(p, log_p.sub_(log_m)) + (1 - beta) * own
+    return divergence, q.mul_(slope.sub_(own[:, None])).mul_(1 - beta)
+
+
+DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jensen_shannon": _jensen_shannon}
