@@ -19,8 +19,9 @@ class RecipeMetrics(Callback):
 
     ``train/loss`` is the mean loss per target in nats, as it is optimised; ``train/accuracy`` the share of targets that
     are the most likely word, and whatever else the loss reports is a mean per target too (in distillation
-    ``train/kd_loss``, ``train/cross_entropy``, ``train/teacher_agreement``); ``train/perplexity`` exp(cross-entropy); ``train/learning_rate`` and ``train/grad_norm`` (before clipping)
-    are those of the last step; ``train/tokens_per_second`` counts all devices; ``train/mfu`` is the share of the peak;
+    ``train/kd_loss``, ``train/cross_entropy``, ``train/teacher_agreement``); ``train/perplexity`` exp(cross-entropy);
+    ``train/learning_rate`` and ``train/grad_norm`` (before clipping) are those of the last step;
+    ``train/tokens_per_second`` counts all devices; ``train/mfu`` is the share of the peak;
     ``data/tokens/<stream>`` counts tokens since the start of the run, ``data/share/<stream>`` their share;
     ``time/hours_left`` and ``cost/left`` extrapolate the record's speed; ``system/gpu_memory`` is the peak in GiB.
 

@@ -79,7 +79,7 @@ def linear_distillation(
 
     Returns:
         The sum of the losses in nats (fp32 scalar, differentiable once), and the sums of ``kd_loss`` (T² · divergence),
-        ``cross_entropy``, ``accuracy`` and ``teacher_agreement`` (targets at which both find the same word most likely).
+        ``cross_entropy``, ``accuracy`` and ``teacher_agreement`` (both find the same word most likely).
     """
     words = min(weight_VD.shape[0], teacher_weight_VE.shape[0])
     teacher_weight = teacher_weight_VE[:words]
