@@ -6,6 +6,7 @@ disk, then renamed.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import os
 import signal
@@ -23,6 +24,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
 
+from cheaper.config import ModelConfig, RopeScalingConfig
 from cheaper.errors import UserError
 from cheaper.models import hf
 from cheaper.models.decoder import Decoder
@@ -79,27 +81,83 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return max(Path(folder).glob("step-*.pt"), default=None)
 
 
-def load_weights(decoder: Decoder, path: str) -> None:
-    """Fills ``decoder`` with the weights found at ``path``, and takes nothing else from it.
+def find_model(path: str, key: str) -> Path:
+    """The checkpoint file or ``transformers`` folder that holds the weights at ``path``.
 
     Args:
-        decoder: The model to fill.
-        path: A Composer checkpoint, a run folder (its newest checkpoint), a ``transformers`` folder or a hub id.
+        path: A Composer checkpoint, a run folder (its newest checkpoint), a ``transformers`` folder, or a hub id, which
+            is downloaded.
+        key: Which setting asks, for messages.
 
     Raises:
-        UserError: Nothing is there, or the weights have other names or shapes than the model.
+        UserError: Nothing is there.
     """
     source = Path(path)
     if source.is_dir() and (newest := newest_checkpoint(source)):
-        source = newest
+        return newest
+    if source.is_file() or (source / "config.json").is_file():
+        return source
+    if source.exists():
+        raise UserError(f"{key} {path}: holds neither step-*.pt nor a transformers model")
+    return hf.download(path, key)
+
+
+def load_weights(decoder: Decoder, path: str) -> None:
+    """Fills ``decoder`` with the weights found at ``path``, and takes nothing else from it.
+
+    Raises:
+        UserError: Nothing is there, or the weights have other names, shapes or rotary positions than the model.
+    """
+    source = find_model(path, "training.checkpoint_path")
     if source.is_file():
-        weights = model_weights(safe_load(source))
-    elif not source.exists() or (source / "config.json").is_file():
-        weights = hf.load_weights(path)
+        checkpoint = safe_load(source)
+        weights, config = model_weights(checkpoint), _model_config(_record(checkpoint, source))
     else:
-        raise UserError(f"training.checkpoint_path {path}: holds neither step-*.pt nor a transformers model")
+        weights, config = hf.load_weights(source), hf.load_config(source)
     check_shapes(decoder, weights, str(source))
+    for key in ("rope_theta", "rope_scaling"):
+        trained, ours = getattr(config, key), getattr(decoder.config, key)
+        if trained != ours:
+            raise UserError(f"checkpoint {source} was trained with model.{key}={trained}, the run has {ours}")
     decoder.load_state_dict(weights)
+
+
+def load_decoder(source: Path) -> Decoder:
+    """The decoder at ``source``, a result of ``find_model``, in its weights' own type.
+
+    Raises:
+        UserError: It is not readable, or another kind of model.
+    """
+    if not source.is_file():
+        return hf.load_pretrained(source)
+    checkpoint = safe_load(source)
+    with torch.device("meta"):
+        decoder = Decoder(_model_config(_record(checkpoint, source)))
+    weights = model_weights(checkpoint)
+    check_shapes(decoder, weights, str(source))
+    decoder.load_state_dict(weights, assign=True)
+    return decoder
+
+
+def model_record(source: Path) -> dict[str, Any]:
+    """What the checkpoint file ``source`` says of its model: ``model``, its shape, and the tokenizer's ``vocabulary``.
+
+    Raises:
+        UserError: It says nothing.
+    """
+    return _record(safe_load(source), source)
+
+
+def _record(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
+    record = checkpoint["state"]["callbacks"].get(Checkpointer.__name__)
+    if not record:
+        raise UserError(f"checkpoint {source}: does not say of which model it is; it was not written by this package")
+    return record
+
+
+def _model_config(record: dict[str, Any]) -> ModelConfig:
+    shape = dict(record["model"])
+    return ModelConfig(**{**shape, "rope_scaling": RopeScalingConfig(**shape["rope_scaling"])})
 
 
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -153,10 +211,13 @@ class Checkpointer(Callback):
         folder: Where ``step-<n>.pt`` go.
         interval: Steps between two checkpoints.
         keep: How many of the newest to keep.
+        decoder: Its configuration, as it is when a checkpoint is written, goes into the checkpoint.
+        vocabulary: The tokenizer's; goes into the checkpoint too.
     """
 
-    def __init__(self, folder: Path, interval: int, keep: int):
+    def __init__(self, folder: Path, interval: int, keep: int, decoder: Decoder, vocabulary: str):
         self.folder, self.interval, self.keep = folder, interval, keep
+        self.decoder, self.vocabulary = decoder, vocabulary
         self.stop_signal = 0
         self._stopped_at = 0.0
         self._previous_handlers: dict[int, Any] = {}
@@ -176,6 +237,9 @@ class Checkpointer(Callback):
             path = self._save(state, step)
             if signum and not finished:
                 raise Stopped(signum, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": dataclasses.asdict(self.decoder.config), "vocabulary": self.vocabulary}
 
     def close(self, state: State, logger: Logger) -> None:
         for signum, handler in self._previous_handlers.items():

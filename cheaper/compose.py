@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cheaper.config import RunConfig, parse_count, parse_warmup
+from cheaper.config import RunConfig, TrainingConfig, parse_count, parse_warmup
 from cheaper.errors import UserError, did_you_mean
 
 GROUPS = ("model", "training", "data", "distributed", "logging")
@@ -249,11 +249,27 @@ def _impossible(config: RunConfig) -> list[Problem]:
         problems.append(("model.num_heads", f"{text}; with {model.num_heads} heads that is one of {fitting}"))
     if model.head_dim % 2:
         problems.append(("model.head_dim", f"is {model.head_dim}: expected an even number (rotary positions)"))
-    if stage.sequence_length > model.max_position_embeddings:
-        limit = f"expected at most model.max_position_embeddings={model.max_position_embeddings}"
-        problems.append(("training.stage.sequence_length", f"is {stage.sequence_length}: {limit}"))
+    long = config.training.long_context
+    key, limit = "model", model.max_position_embeddings
+    if long.enabled:
+        key, limit = "training.long_context", long.max_position_embeddings
+    if stage.sequence_length > limit:
+        expected = f"expected at most {key}.max_position_embeddings={limit}"
+        problems.append(("training.stage.sequence_length", f"is {stage.sequence_length}: {expected}"))
+    problems += _impossible_distillation(config.training)
     if not data.streams:
         problems.append(("data.streams", "is empty: expected at least one stream"))
     elif not any(stream.proportion > 0 for stream in data.streams.values()):
         problems.append(("data.streams", "has only proportions of 0: expected at least one above 0"))
+    return problems
+
+
+def _impossible_distillation(training: TrainingConfig) -> list[Problem]:
+    settings, problems = training.distillation, []
+    if settings.top_k is not None and settings.top_k < 1:
+        problems.append(("training.distillation.top_k", f"is {settings.top_k}: expected at least one word"))
+    if settings.divergence != "forward_kl" and (training.teacher_cache or settings.top_k):
+        what = "training.teacher_cache" if training.teacher_cache else "training.distillation.top_k"
+        text = f"is {settings.divergence}: {what} keeps some of the teacher's words, expected forward_kl"
+        problems.append(("training.distillation.divergence", text))
     return problems

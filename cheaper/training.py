@@ -7,13 +7,15 @@ import uuid
 from pathlib import Path
 
 import torch
-from composer import Callback, Trainer
+from composer import Algorithm, Callback, Trainer
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.optim import LinearWithWarmupScheduler
 from composer.utils import dist, get_device
 
 from cheaper import checkpoints, flops, run_folder
 from cheaper.algorithms.gradient_clipping import GradientClipping
+from cheaper.algorithms.knowledge_distillation import CachedDistillation, KnowledgeDistillation
+from cheaper.algorithms.long_context import LongContext
 from cheaper.callbacks.metrics_file import MetricsFile
 from cheaper.callbacks.progress_bar import TokenProgressBar
 from cheaper.callbacks.recipe_metrics import RecipeMetrics
@@ -25,6 +27,7 @@ from cheaper.data.streams import build_dataloader, check_shards, mixed_streams
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
 from cheaper.errors import UserError
 from cheaper.models.composer_model import CausalLM
+from cheaper.models.teacher import check_teacher, load_teacher
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -35,14 +38,14 @@ def build_trainer(config: RunConfig) -> Trainer:
     """
     join_processes()
     tokenizer = check_data(config)
+    clipping = GradientClipping(config.training.stage.max_grad_norm)
+    algorithms = [clipping, *build_algorithms(config, tokenizer)]
     resume_from = run_folder.open_run_folder(config)
     stage = config.training.stage
     model = build_model(config, weights=None if config.training.resume else config.training.checkpoint_path)
     if resume_from:
         weights = checkpoints.model_weights(checkpoints.safe_load(resume_from))
         checkpoints.check_shapes(model.model, weights, str(resume_from))
-    clipping = GradientClipping(stage.max_grad_norm)
-    algorithms = [clipping]
     peak = flops.peak_flops(get_device(None)._device, _dtype(config))
     trainer = Trainer(
         model=model,
@@ -51,7 +54,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         optimizers=build_optimizer(model, stage),
         schedulers=build_scheduler(stage),
         algorithms=algorithms,
-        callbacks=build_callbacks(config, tokenizer, clipping, peak[0]),
+        callbacks=build_callbacks(config, model, tokenizer, clipping, peak[0]),
         loggers=build_loggers(config, peak),
         run_name=config.run_name,
         progress_bar=False,
@@ -84,7 +87,7 @@ def join_processes() -> None:
 
 
 def check_data(config: RunConfig) -> Tokenizer:
-    """Checks that the shards belong to this run and that the budget makes sense; returns the run's tokenizer.
+    """Checks that shards and teacher fit this run and that the budget makes sense; returns the run's tokenizer.
 
     Raises:
         UserError: One line that says what does not fit.
@@ -98,6 +101,8 @@ def check_data(config: RunConfig) -> Tokenizer:
             f"training.stage.warmup is {stage.warmup} steps: the run has only {steps} ({stage.tokens} tokens in steps "
             f"of {tokens_per_step(stage)}); expected fewer, or a share such as 3%"
         )
+    if config.training.teacher_model and not config.training.teacher_cache:
+        check_teacher(config.training.teacher_model, tokenizer)
     return tokenizer
 
 
@@ -151,8 +156,23 @@ def build_scheduler(stage: StageConfig) -> LinearWithWarmupScheduler:
     return LinearWithWarmupScheduler(t_warmup=f"{warmup_tokens(stage)}tok", alpha_f=stage.final_lr_fraction)
 
 
+def build_algorithms(config: RunConfig, tokenizer: Tokenizer) -> list[Algorithm]:
+    """What changes the training of a stage."""
+    training, algorithms = config.training, []
+    if training.long_context.enabled:
+        long = training.long_context
+        algorithms.append(LongContext(long.rope_theta_factor, long.max_position_embeddings))
+    if training.teacher_cache:
+        algorithms.append(CachedDistillation(training.distillation))
+    elif training.teacher_model:
+        path = check_teacher(training.teacher_model, tokenizer)
+        teacher = load_teacher(path, get_device(None)._device, _dtype(config), config.data.trust_remote_code)
+        algorithms.append(KnowledgeDistillation(teacher, training.distillation))
+    return algorithms
+
+
 def build_callbacks(
-    config: RunConfig, tokenizer: Tokenizer, clipping: GradientClipping, peak_flops: float
+    config: RunConfig, model: CausalLM, tokenizer: Tokenizer, clipping: GradientClipping, peak_flops: float
 ) -> list[Callback]:
     """What observes the run. The checkpointer is last: what the others remember must be in the checkpoint."""
     training, folder = config.training, Path(config.training.checkpoint_dir)
@@ -166,7 +186,9 @@ def build_callbacks(
             price_per_gpu_hour=config.logging.price_per_gpu_hour,
         ),
         Samples(folder / "samples.jsonl", training.samples, tokenizer, training.checkpoint_interval),
-        checkpoints.Checkpointer(folder, training.checkpoint_interval, training.keep_checkpoints),
+        checkpoints.Checkpointer(
+            folder, training.checkpoint_interval, training.keep_checkpoints, model.model, tokenizer.vocabulary
+        ),
     ]
 
 

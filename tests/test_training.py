@@ -157,7 +157,7 @@ def test_a_checkpoint_of_another_shape_is_refused(corpus, finished, tmp_path, ca
 def test_a_checkpoint_that_is_cut_short_or_missing_is_refused(corpus, finished, tmp_path, capsys):
     cut = tmp_path / "cut.pt"
     cut.write_bytes(newest_checkpoint(finished).read_bytes()[:-5000])
-    for path, message in ((cut, "refused, it is not readable"), (tmp_path / "none.pt", "no such folder")):
+    for path, message in ((cut, "refused, it is not readable"), (tmp_path / "none.pt", "no such file or folder")):
         assert message in refusal(capsys, corpus.arguments(tmp_path / "run", f"training.checkpoint_path={path}"))
     line = refusal(capsys, corpus.arguments(tmp_path / "run", "training.resume=true"))
     assert "training.resume=true: no checkpoint in training.checkpoint_dir" in line

@@ -14,6 +14,7 @@ from composer.utils import dist, get_device
 
 from cheaper.checkpoints import write_atomically
 from cheaper.config import RunConfig
+from cheaper.losses.distillation import SUMS
 from cheaper.models.attention import kernel_name
 
 
@@ -75,6 +76,7 @@ class RunSummary(LoggerDestination):
             "loss": round(self.last["train/loss"], 4),
             "perplexity": round(self.last["train/perplexity"], 3),
             "accuracy": round(self.last["train/accuracy"], 4),
+            **{name: round(self.last[f"train/{name}"], 4) for name in SUMS if f"train/{name}" in self.last},
             "mixture": self._mixture(),
         }
 

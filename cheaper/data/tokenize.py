@@ -73,8 +73,9 @@ class Tokenizer:
         self.bos_id, self.eos_id = bos_id, eos_id
         if isinstance(engine, tokenizers.Tokenizer):
             engine.encode_special_tokens = True  # what text spells is text
-        identity = f"{vocab_size} {bos_id} {eos_id} ".encode() + _identity(engine)
-        self.fingerprint = hashlib.sha256(identity).hexdigest()
+        words = _identity(engine)
+        self.vocabulary = hashlib.sha256(words).hexdigest()  # which words have which ids, and how text becomes words
+        self.fingerprint = hashlib.sha256(f"{vocab_size} {bos_id} {eos_id} ".encode() + words).hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Through __init__, because a pickled engine forgets encode_special_tokens.

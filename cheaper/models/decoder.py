@@ -118,7 +118,7 @@ class Decoder(nn.Module):
     def hidden(self, input_ids_BT: torch.Tensor, document_lengths_BN: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states [B, T, D] after the last norm."""
         x_BTD = self.embedding(input_ids_BT)
-        rotation = rotary_rotation(_positions(input_ids_BT, document_lengths_BN), self.config)
+        rotation = rotary_rotation(row_positions(input_ids_BT, document_lengths_BN), self.config)
         for block in self.blocks:
             x_BTD = block(x_BTD, rotation, document_lengths_BN)
         return self.norm(x_BTD)
@@ -236,7 +236,7 @@ def rotate(x_BTHE: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) ->
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
-def _positions(input_ids_BT: torch.Tensor, document_lengths_BN: torch.Tensor | None) -> torch.Tensor:
+def row_positions(input_ids_BT: torch.Tensor, document_lengths_BN: torch.Tensor | None) -> torch.Tensor:
     """Positions from 0: [T], or [B, T] that start again at each document."""
     positions_T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
     if document_lengths_BN is None:

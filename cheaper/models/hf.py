@@ -6,6 +6,7 @@ writing use safetensors alone: nothing is unpickled and ``transformers`` itself 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cheaper.config import ModelConfig
+from cheaper.config import ModelConfig, RopeScalingConfig
 from cheaper.errors import UserError
 from cheaper.models.decoder import Decoder
 
@@ -83,7 +84,9 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "initializer_range": config.initializer_std,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
+        "rope_scaling": None
+        if config.rope_scaling.factor == 1
+        else {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)},
         "tie_word_embeddings": config.tie_word_embeddings,
         "use_qk_norm": config.qk_norm,
         "no_rope_layers": [1] * config.num_layers,  # in transformers 1 means "has rotary positions"
@@ -126,6 +129,9 @@ def from_hf_config(raw: dict[str, Any], source: str) -> ModelConfig:
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             qk_norm=llama4 and raw.get("use_qk_norm", True),
             rope_theta=rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"],
+            rope_scaling=RopeScalingConfig(**{key: rope[key] for key in SCALING})
+            if _kind(rope) == "llama3"
+            else RopeScalingConfig(),
             norm_eps=raw["rms_norm_eps"],
             max_position_embeddings=raw["max_position_embeddings"],
             initializer_std=raw.get("initializer_range", 0.02),
@@ -136,8 +142,8 @@ def from_hf_config(raw: dict[str, Any], source: str) -> ModelConfig:
 
 def _what_differs(raw: dict[str, Any], rope: dict[str, Any], llama4: bool) -> str | None:
     """Why the dense decoder cannot compute this model; a key that is missing has transformers' default."""
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        return "its rotary positions are scaled"
+    if _kind(rope) not in ("default", "llama3"):
+        return f"its rotary positions are scaled by {_kind(rope)}, expected llama3 or none"
     if raw.get("attention_bias") or raw.get("mlp_bias"):
         return "its matrices have biases"
     if raw.get("hidden_act", "silu") != "silu":
@@ -156,6 +162,13 @@ def _what_differs(raw: dict[str, Any], rope: dict[str, Any], llama4: bool) -> st
     return None
 
 
+SCALING = [field.name for field in dataclasses.fields(RopeScalingConfig)]
+
+
+def _kind(rope: dict[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
 def save_pretrained(decoder: Decoder, folder: str | Path) -> None:
     """Writes ``config.json`` and ``model.safetensors`` for ``AutoModelForCausalLM.from_pretrained(folder)``."""
     folder = Path(folder)
@@ -168,30 +181,37 @@ def save_pretrained(decoder: Decoder, folder: str | Path) -> None:
     (folder / "config.json").write_text(json.dumps(to_hf_config(decoder.config, dtype), indent=2) + "\n")
 
 
-def load_pretrained(source: str | Path) -> Decoder:
-    """The decoder in a ``transformers`` folder or hub id, in the weights' own type.
+def load_pretrained(folder: str | Path) -> Decoder:
+    """The decoder in a ``transformers`` folder, in the weights' own type.
 
     Raises:
         UserError: Nothing is there, or it is another kind of model.
     """
-    config = from_hf_config(_read_json(_folder(str(source)) / "config.json"), str(source))
     with torch.device("meta"):
-        decoder = Decoder(config)
+        decoder = Decoder(load_config(folder))
     try:
-        decoder.load_state_dict(load_weights(str(source)), assign=True)
+        decoder.load_state_dict(load_weights(folder), assign=True)
     except RuntimeError as error:
-        raise UserError(f"{source}: {str(error).splitlines()[1].strip()}") from None
+        raise UserError(f"{folder}: {str(error).splitlines()[1].strip()}") from None
     return decoder
 
 
-def load_weights(source: str) -> dict[str, torch.Tensor]:
-    """The tensors of a ``transformers`` folder or hub id under the decoder's names, in one file or several.
+def load_config(folder: str | Path) -> ModelConfig:
+    """The shape of the model in a ``transformers`` folder.
+
+    Raises:
+        UserError: There is none, or it is another kind of model.
+    """
+    return from_hf_config(_read_json(Path(folder, "config.json")), str(folder))
+
+
+def load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a ``transformers`` folder under the decoder's names, in one file or several.
 
     Raises:
         UserError: Nothing is there, a file is cut short, or it is another kind of model.
     """
-    folder = _folder(source)
-    config = from_hf_config(_read_json(folder / "config.json"), source)
+    folder, config = Path(folder), load_config(folder)
     index = folder / "model.safetensors.index.json"
     files = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     state: dict[str, torch.Tensor] = {}
@@ -200,7 +220,7 @@ def load_weights(source: str) -> dict[str, torch.Tensor]:
             state |= load_file(folder / file)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / file}: not a whole safetensors file ({error})") from None
-    return from_hf_state_dict(state, config, source)
+    return from_hf_state_dict(state, config, str(folder))
 
 
 def _rename(state: dict[str, torch.Tensor], names: dict[str, str], source: str) -> dict[str, torch.Tensor]:
@@ -219,13 +239,17 @@ def _pair_neighbours(weight_HD: torch.Tensor, head_dim: int) -> torch.Tensor:
     return weight_HD.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def _folder(source: str) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
+def download(hub_id: str, key: str) -> Path:
+    """The folder on this machine with the safetensors model called ``hub_id`` on the hub, and its tokenizer.
+
+    Raises:
+        UserError: It is not to be had.
+    """
     try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{source}: no such folder, and not to be had from the hub ({type(error).__name__})") from None
+        why = f"no such file or folder, and not to be had from the hub ({type(error).__name__})"
+        raise UserError(f"{key} {hub_id}: {why}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

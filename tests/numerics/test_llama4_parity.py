@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from cheaper.compose import load_config
-from cheaper.config import ModelConfig
+from cheaper.config import ModelConfig, RopeScalingConfig
 from cheaper.errors import UserError
 from cheaper.models import hf
 from cheaper.models.decoder import Decoder
@@ -55,6 +55,10 @@ VARIANTS = {
     "no QK norm": {"qk_norm": False},
     "one key head per query head": {"num_kv_heads": 6},
     "another theta": {"rope_theta": 4_000_000.0},
+    "rotary positions scaled as in Llama 3.1": {
+        "rope_scaling": RopeScalingConfig(factor=8.0, original_max_position_embeddings=32),
+        "rope_theta": 10_000.0,
+    },
 }
 
 
@@ -113,7 +117,9 @@ def test_a_folder_written_by_transformers_is_read_bit_for_bit(tmp_path, tied, sh
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_llama_folder_gives_the_same_logits(tmp_path, tied):
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_llama_folder_gives_the_same_logits(tmp_path, tied, scaled):
+    llama31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     config = small(tie_word_embeddings=tied, qk_norm=False)
     reference = LlamaForCausalLM(
         LlamaConfig(
@@ -125,6 +131,7 @@ def test_a_llama_folder_gives_the_same_logits(tmp_path, tied):
             num_key_value_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             rope_theta=40_000.0,
+            rope_scaling={"rope_type": "llama3", **llama31} if scaled else None,
             tie_word_embeddings=tied,
         )
     ).eval()
@@ -193,8 +200,9 @@ def test_parameter_counts(model, exact, published):
         ({"no_rope_layers": [1, 1, 1, 0, 1]}, r"layers \[3\] have no rotary positions"),
         ({"no_rope_layers": None}, r"layers \[3\] have no rotary positions"),
         ({"moe_layers": [0]}, r"layers \[0\] have experts"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "its rotary positions are scaled"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "its rotary positions are scaled"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "has no 'factor'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "its rotary positions are scaled by linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "its rotary positions are scaled by yarn"),
         ({"layer_types": ["chunked_attention"] * 5, "attention_chunk_size": 64}, "its attention is chunked"),
     ],
 )
