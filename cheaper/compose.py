@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cheaper.config import RunConfig, TrainingConfig, parse_count, parse_warmup
+from cheaper.config import DataConfig, RunConfig, TrainingConfig, parse_count, parse_target, parse_warmup
 from cheaper.errors import UserError, did_you_mean
 
 GROUPS = ("model", "training", "data", "distributed", "logging")
@@ -218,6 +218,8 @@ def _out_of_range(config: Any, path: str = "") -> list[Problem]:
         for spec in dataclasses.fields(config):
             value, key = getattr(config, spec.name), f"{path}.{spec.name}" if path else spec.name
             problems += _out_of_range(value, key)
+            if value is None:
+                continue
             if "min" in spec.metadata and not value >= spec.metadata["min"]:
                 problems.append((key, f"is {value}: expected a number ≥ {spec.metadata['min']}"))
             if "above" in spec.metadata and not value > spec.metadata["above"]:
@@ -235,11 +237,16 @@ def _impossible(config: RunConfig) -> list[Problem]:
     """Combinations that no value on its own gives away."""
     model, stage, data = config.model, config.training.stage, config.data
     problems: list[Problem] = []
+    if (stage.tokens is None) == (stage.epochs is None):
+        problems.append(("training.stage", f"has tokens={stage.tokens}, epochs={stage.epochs}: expected one of them"))
     for key, parse, value in (
         ("training.stage.tokens", parse_count, stage.tokens),
         ("training.stage.warmup", parse_warmup, stage.warmup),
+        *(("training.targets", parse_target, target) for target in config.training.targets),
     ):
         try:
+            if value is None:
+                continue
             parse(value)
         except ValueError as error:
             problems.append((key, f"is {value}: {error}"))
@@ -257,10 +264,20 @@ def _impossible(config: RunConfig) -> list[Problem]:
         expected = f"expected at most {key}.max_position_embeddings={limit}"
         problems.append(("training.stage.sequence_length", f"is {stage.sequence_length}: {expected}"))
     problems += _impossible_distillation(config.training)
+    return problems + _impossible_streams(data)
+
+
+def _impossible_streams(data: DataConfig) -> list[Problem]:
     if not data.streams:
-        problems.append(("data.streams", "is empty: expected at least one stream"))
-    elif not any(stream.proportion > 0 for stream in data.streams.values()):
+        return [("data.streams", "is empty: expected at least one stream")]
+    problems = []
+    without = [name for name, stream in data.streams.items() if stream.proportion is None]
+    if without and len(without) < len(data.streams):
+        problems.append((f"data.streams.{without[0]}", "has no proportion, others have: expected all of them or none"))
+    elif not without and not any(stream.proportion for stream in data.streams.values()):
         problems.append(("data.streams", "has only proportions of 0: expected at least one above 0"))
+    for name in data.held_out.keys() & data.streams.keys():
+        problems.append((f"data.held_out.{name}", "is a name of data.streams too: expected another"))
     return problems
 
 

@@ -59,9 +59,10 @@ class ModelConfig:
 
 @dataclass
 class StageConfig:
-    """Hyper-parameters of one training stage."""
+    """Hyper-parameters of one training stage; its length is either ``tokens`` or ``epochs``."""
 
-    tokens: str = "???"  # length of the stage: 2T, 100B, 5M or a plain count
+    tokens: str | None = None  # 2T, 100B, 5M or a plain count
+    epochs: float | None = above(0, default=None)  # passes over the data
     sequence_length: int = at_least(2)
     batch_size_per_gpu: int = at_least(1)  # rows in one micro-batch of one device
     gradient_accumulation_steps: int = at_least(1, default=1)  # micro-batches per optimizer step
@@ -122,6 +123,7 @@ class TrainingConfig:
     resume: bool = False
     checkpoint_dir: str = "runs/${run_name}"  # everything the run writes
     checkpoint_interval: int = at_least(1, default=1000)  # steps
+    eval_interval: int | None = at_least(1, default=None)  # steps between two looks at data.held_out, besides the end
     keep_checkpoints: int = at_least(1, default=3)  # the newest ones; older files are deleted
     teacher_model: str | None = None  # distil from it: a run folder, a checkpoint, a transformers folder or a hub id
     teacher_cache: str | None = None  # distil from what `cheaper cache-teacher` kept of it; may be a URL
@@ -129,6 +131,7 @@ class TrainingConfig:
     long_context: LongContextConfig = field(default_factory=LongContextConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     expected: dict[str, ExpectedConfig] = field(default_factory=dict)  # by model name
+    targets: list[str] = field(default_factory=list)  # such as "train/kd_loss < 2.0", checked at the end
 
 
 @dataclass
@@ -146,7 +149,8 @@ class SourceConfig:
 class StreamConfig:
     """One stream of a mixture."""
 
-    proportion: float = at_least(0)  # share of the tokens; any scale, normalised over the streams
+    proportion: float | None = at_least(0, default=None)  # share of the tokens, normalised over the streams; given for
+    # all of them or for none, which takes each stream whole once in an epoch
     source: SourceConfig = field(default_factory=SourceConfig)
     format: str = "text"  # a name in cheaper.data.formats
     field: str = "text"  # the column that format "text" reads
@@ -160,6 +164,10 @@ class DataConfig:
     tokenizer: str = "???"  # folder, hub id or tiktoken .model file
     trust_remote_code: bool = False  # let a tokenizer from the hub run its own code
     streams: dict[str, StreamConfig] = field(default_factory=dict)
+    held_out: dict[str, StreamConfig] = field(default_factory=dict)  # for evaluation only; converted like the streams
+    packing: bool = False  # rows of whole documents, best fit; attention stays inside each
+    chat_template: str = "llama3"  # that name, "tokenizer" for the tokenizer's own, or a .jinja file
+    too_long: str = one_of("drop", "cut")  # what to do with a chat that is longer than a row
     intra_document_attention: bool = False  # keep attention and positions inside each document of a row
     shuffle: bool = True
     num_workers: int = at_least(0, default=2)  # loader processes per device
@@ -211,6 +219,18 @@ def parse_count(text: str) -> int:
     if count < 1:
         raise ValueError("expected a count of tokens such as 2T, 100B, 5M or 4096")
     return count
+
+
+def parse_target(text: str) -> tuple[str, str, float]:
+    """Reads a target: ``"train/kd_loss < 2.0"`` → ``("train/kd_loss", "<", 2.0)``.
+
+    Raises:
+        ValueError: If ``text`` is no metric, comparison and number.
+    """
+    match = re.fullmatch(r"([a-z]+/\S+)\s*([<>])\s*(-?\d+(?:\.\d+)?)", text.strip())
+    if not match:
+        raise ValueError("expected a metric and a bound such as train/kd_loss < 2.0")
+    return match[1], match[2], float(match[3])
 
 
 def parse_warmup(text: str) -> tuple[float, str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from composer import Algorithm, Callback, Trainer
+from composer import Algorithm, Callback, Evaluator, Trainer
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.optim import LinearWithWarmupScheduler
 from composer.utils import dist, get_device
@@ -22,8 +23,17 @@ from cheaper.callbacks.recipe_metrics import RecipeMetrics
 from cheaper.callbacks.run_summary import RunSummary
 from cheaper.callbacks.samples import Samples
 from cheaper.config import RunConfig, StageConfig, parse_count, parse_warmup
+from cheaper.data.manifest import Manifest
 from cheaper.data.shared_memory import remove_stale_shared_memory
-from cheaper.data.streams import build_dataloader, check_shards, mixed_streams
+from cheaper.data.streams import (
+    build_dataloader,
+    build_held_out,
+    check_shards,
+    epoch_tokens,
+    mixed_streams,
+    row_length,
+    shares,
+)
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
 from cheaper.errors import UserError
 from cheaper.models.composer_model import CausalLM
@@ -37,7 +47,8 @@ def build_trainer(config: RunConfig) -> Trainer:
         UserError: The data, the checkpoint or the folder do not fit the run.
     """
     join_processes()
-    tokenizer = check_data(config)
+    tokenizer, manifests = check_data(config)
+    length = run_length(config, manifests)
     clipping = GradientClipping(config.training.stage.max_grad_norm)
     algorithms = [clipping, *build_algorithms(config, tokenizer)]
     resume_from = run_folder.open_run_folder(config)
@@ -49,13 +60,15 @@ def build_trainer(config: RunConfig) -> Trainer:
     peak = flops.peak_flops(get_device(None)._device, _dtype(config))
     trainer = Trainer(
         model=model,
-        train_dataloader=build_dataloader(config.data, rows_per_device(stage), config.training.seed),
-        max_duration=f"{parse_count(stage.tokens)}tok",
+        train_dataloader=build_dataloader(config.data, manifests, rows_per_device(stage), config.training.seed),
+        eval_dataloader=build_evaluators(config),
+        eval_interval=f"{config.training.eval_interval}ba" if config.training.eval_interval else "1dur",
+        max_duration=f"{length.tokens}tok",
         optimizers=build_optimizer(model, stage),
-        schedulers=build_scheduler(stage),
+        schedulers=build_scheduler(stage, length),
         algorithms=algorithms,
         callbacks=build_callbacks(config, model, tokenizer, clipping, peak[0]),
-        loggers=build_loggers(config, peak),
+        loggers=build_loggers(config, manifests, peak),
         run_name=config.run_name,
         progress_bar=False,
         precision="amp_bf16" if torch.cuda.is_available() and config.training.precision == "bf16" else "fp32",
@@ -86,40 +99,51 @@ def join_processes() -> None:
     dist.barrier()
 
 
-def check_data(config: RunConfig) -> Tokenizer:
-    """Checks that shards and teacher fit this run and that the budget makes sense; returns the run's tokenizer.
+@dataclass(frozen=True)
+class Length:
+    """How long a run is, in tokens."""
+
+    tokens: int
+    tokens_per_step: float  # of all devices, on average
+    warmup: int
+
+
+def check_data(config: RunConfig) -> tuple[Tokenizer, dict[str, Manifest]]:
+    """Checks that shards and teacher fit this run and that its length makes sense.
+
+    Returns:
+        The run's tokenizer and the manifests of its shards.
 
     Raises:
         UserError: One line that says what does not fit.
     """
     stage, data = config.training.stage, config.data
     tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
-    check_shards(data, stage.sequence_length, config.model.vocab_size, tokenizer)
-    if warmup_tokens(stage) >= parse_count(stage.tokens):
-        steps = parse_count(stage.tokens) // tokens_per_step(stage)
+    manifests = check_shards(data, stage.sequence_length, config.model.vocab_size, tokenizer)
+    length = run_length(config, manifests)
+    if length.warmup >= length.tokens:
         raise UserError(
-            f"training.stage.warmup is {stage.warmup} steps: the run has only {steps} ({stage.tokens} tokens in steps "
-            f"of {tokens_per_step(stage)}); expected fewer, or a share such as 3%"
+            f"training.stage.warmup is {stage.warmup} steps: the run has only "
+            f"{length.tokens // length.tokens_per_step:.0f} ({length.tokens} tokens in steps of "
+            f"{length.tokens_per_step:.0f}); expected fewer, or a share such as 3%"
         )
     if config.training.teacher_model and not config.training.teacher_cache:
         check_teacher(config.training.teacher_model, tokenizer)
-    return tokenizer
+    return tokenizer, manifests
+
+
+def run_length(config: RunConfig, manifests: dict[str, Manifest]) -> Length:
+    """The length of a run from its token budget, or from its epochs and what the shards hold."""
+    stage = config.training.stage
+    tokens = parse_count(stage.tokens) if stage.tokens else round(stage.epochs * epoch_tokens(config.data, manifests))
+    step = rows_per_device(stage) * dist.get_world_size() * row_length(config.data, manifests)
+    amount, unit = parse_warmup(stage.warmup)
+    return Length(tokens, step, round(amount * (step if unit == "steps" else tokens)))
 
 
 def rows_per_device(stage: StageConfig) -> int:
     """Rows that one device sees in one optimizer step."""
     return stage.batch_size_per_gpu * stage.gradient_accumulation_steps
-
-
-def tokens_per_step(stage: StageConfig) -> int:
-    """Tokens of one optimizer step over all devices."""
-    return rows_per_device(stage) * stage.sequence_length * dist.get_world_size()
-
-
-def warmup_tokens(stage: StageConfig) -> int:
-    """Length of the warm-up in tokens."""
-    amount, unit = parse_warmup(stage.warmup)
-    return round(amount * (tokens_per_step(stage) if unit == "steps" else parse_count(stage.tokens)))
 
 
 def build_model(config: RunConfig, weights: str | None) -> CausalLM:
@@ -151,9 +175,18 @@ def build_optimizer(model: CausalLM, stage: StageConfig) -> torch.optim.AdamW:
     )
 
 
-def build_scheduler(stage: StageConfig) -> LinearWithWarmupScheduler:
+def build_scheduler(stage: StageConfig, length: Length) -> LinearWithWarmupScheduler:
     """Linear warm-up from 0 to the peak, then linear decay to ``final_lr_fraction`` of it, both over tokens."""
-    return LinearWithWarmupScheduler(t_warmup=f"{warmup_tokens(stage)}tok", alpha_f=stage.final_lr_fraction)
+    return LinearWithWarmupScheduler(t_warmup=f"{length.warmup}tok", alpha_f=stage.final_lr_fraction)
+
+
+def build_evaluators(config: RunConfig) -> list[Evaluator]:
+    """One for each set of ``data.held_out``; their figures are ``eval/<set>/loss`` and so on."""
+    rows = config.training.stage.batch_size_per_gpu
+    return [
+        Evaluator(label=f"eval/{name}", dataloader=build_held_out(config.data, name, rows))
+        for name in config.data.held_out
+    ]
 
 
 def build_algorithms(config: RunConfig, tokenizer: Tokenizer) -> list[Algorithm]:
@@ -192,13 +225,15 @@ def build_callbacks(
     ]
 
 
-def build_loggers(config: RunConfig, peak: tuple[float, str]) -> list[LoggerDestination]:
+def build_loggers(
+    config: RunConfig, manifests: dict[str, Manifest], peak: tuple[float, str]
+) -> list[LoggerDestination]:
     """Where the metrics go: always the run's file and the progress bar."""
     folder, logging = Path(config.training.checkpoint_dir), config.logging
     loggers: list[LoggerDestination] = [
         MetricsFile(folder / "metrics.jsonl"),
         TokenProgressBar(config.training.name),
-        RunSummary(config, peak),
+        RunSummary(config, peak, shares(config.data, manifests)),
     ]
     if logging.tensorboard:
         loggers.append(TensorboardLogger(log_dir=str(folder / "tensorboard")))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from cheaper import cli, training
 from cheaper.callbacks.metrics_file import read_records
 from cheaper.checkpoints import load_weights, model_weights, newest_checkpoint, safe_load
 from cheaper.compose import load_config
+from cheaper.data.streams import epoch_tokens, row_length, shares
 from cheaper.flops import flops_per_token
 from cheaper.models import hf
 from cheaper.models.decoder import Decoder
-from cheaper.training import build_optimizer, build_scheduler, build_trainer
+from cheaper.training import build_optimizer, build_scheduler, build_trainer, run_length
 from tests.numerics.test_llama4_parity import small
 
 
@@ -250,15 +252,36 @@ def test_weight_decay_is_on_matrices_only():
     assert (groups[0]["lr"], groups[0]["betas"], groups[0]["eps"]) == (4e-3, (0.9, 0.95), 1e-8)
 
 
-def test_warm_up_and_length_follow_the_token_budget():
+def test_warm_up_and_length_follow_tokens_or_epochs():
     config = load_config(["model=tiny", "training=pretrain_phase1", "data=sample"])
     stage = config.training.stage
-    assert training.tokens_per_step(stage) == 16 * 2048
-    assert build_scheduler(stage).t_warmup == f"{2000 * 16 * 2048}tok"
+    full = {name: SimpleNamespace(rows=100, tokens=100 * 2048) for name in config.data.streams}
+
+    def length() -> tuple[int, str]:
+        run = run_length(config, full)
+        return run.tokens, build_scheduler(stage, run).t_warmup
+
+    assert length() == (2 * 10**12, f"{2000 * 16 * 2048}tok")
     stage.gradient_accumulation_steps = 4
-    assert build_scheduler(stage).t_warmup == f"{2000 * 16 * 2048 * 4}tok"
+    assert length()[1] == f"{2000 * 16 * 2048 * 4}tok"
     stage.warmup = "3%"
-    assert build_scheduler(stage).t_warmup == f"{6 * 10**10}tok"
+    assert length()[1] == f"{6 * 10**10}tok"
+    stage.tokens, stage.epochs = None, 2.0
+    assert length() == (2 * 300 * 2048, f"{round(0.03 * 2 * 300 * 2048)}tok")
+
+
+def test_shares_are_of_tokens_where_rows_have_other_lengths():
+    data = load_config(["model=tiny", "training=pretrain_phase1", "data=sample"]).data
+    data.streams.pop("code")
+    found = {"english": SimpleNamespace(rows=100, tokens=5_000), "math": SimpleNamespace(rows=400, tokens=80_000)}
+    assert shares(data, found) == {"english": 50 / 70, "math": 20 / 70}
+    # 50 tokens of english for 20 of math are 1 row for 0.1 rows: 70 tokens in 1.1 rows.
+    assert row_length(data, found) == pytest.approx(70 / 1.1)
+    assert epoch_tokens(data, found) == pytest.approx(500 * 70 / 1.1)
+    for stream in data.streams.values():
+        stream.proportion = None
+    assert shares(data, found) == {"english": 5 / 85, "math": 80 / 85}
+    assert epoch_tokens(data, found) == pytest.approx(85_000)
 
 
 def test_flops_per_token_by_hand():

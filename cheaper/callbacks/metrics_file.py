@@ -15,6 +15,12 @@ from cheaper.checkpoints import write_atomically
 OWN = ("train/", "data/", "system/", "eval/", "time/hours_left", "cost/")
 
 
+def own_metrics(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics of this package among those that are logged; Composer puts ``metrics/`` before an evaluator's."""
+    named = {name.removeprefix("metrics/"): value for name, value in metrics.items()}
+    return {name: float(value) for name, value in named.items() if name.startswith(OWN)}
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file, without a last line that a kill cut short."""
     if not path.exists():
@@ -45,7 +51,7 @@ class MetricsFile(LoggerDestination):
             keep_until(self.path, int(state.timestamp.batch))
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self._pending.update({name: value for name, value in metrics.items() if name.startswith(OWN)})
+        self._pending.update(own_metrics(metrics))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self._write(state)

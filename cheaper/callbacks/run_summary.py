@@ -12,8 +12,9 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, get_device
 
+from cheaper.callbacks.metrics_file import own_metrics
 from cheaper.checkpoints import write_atomically
-from cheaper.config import RunConfig
+from cheaper.config import RunConfig, parse_target
 from cheaper.losses.distillation import SUMS
 from cheaper.models.attention import kernel_name
 
@@ -24,14 +25,15 @@ class RunSummary(LoggerDestination):
     Args:
         config: The run.
         peak: FLOP/s of one device and where the figure comes from.
+        shares: Of the tokens, asked of each stream.
     """
 
-    def __init__(self, config: RunConfig, peak: tuple[float, str]):
-        self.config, self.peak = config, peak
+    def __init__(self, config: RunConfig, peak: tuple[float, str], shares: dict[str, float]):
+        self.config, self.peak, self.shares = config, peak, shares
         self.last: dict[str, float] = {}
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.last.update(metrics)
+        self.last.update(own_metrics(metrics))
 
     def after_load(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
@@ -77,29 +79,39 @@ class RunSummary(LoggerDestination):
             "perplexity": round(self.last["train/perplexity"], 3),
             "accuracy": round(self.last["train/accuracy"], 4),
             **{name: round(self.last[f"train/{name}"], 4) for name in SUMS if f"train/{name}" in self.last},
+            "held_out": {name: value for name, value in self.last.items() if name.startswith("eval/")},
+            "targets": [self._check(target) for target in self.config.training.targets],
             "mixture": self._mixture(),
         }
 
+    def _check(self, target: str) -> dict[str, object]:
+        name, comparison, bound = parse_target(target)
+        value = self.last.get(name)
+        met = value is not None and (value < bound if comparison == "<" else value > bound)
+        return {"target": target, "value": value, "met": met}
+
     def _mixture(self) -> dict[str, dict[str, float]]:
-        streams = {name: stream for name, stream in self.config.data.streams.items() if stream.proportion > 0}
-        total = sum(stream.proportion for stream in streams.values())
         return {
             name: {
-                "asked": round(stream.proportion / total, 5),
+                "asked": round(share, 5),
                 "consumed": round(self.last[f"data/share/{name}"], 5),
                 "tokens": int(self.last[f"data/tokens/{name}"]),
             }
-            for name, stream in streams.items()
+            for name, share in self.shares.items()
         }
 
     def _table(self, summary: dict[str, object]) -> str:
         expected = self.config.training.expected.get(self.config.model.name)
         lines = []
         for name, value in summary.items():
-            if name == "mixture":
+            if isinstance(value, (dict, list)):
                 continue
             wanted = getattr(expected, name, None)
             lines.append(f"  {name:<26}{value}" + (f"   (expected about {wanted:g})" if wanted is not None else ""))
+        lines += [f"  {name:<26}{value:.4f}" for name, value in summary["held_out"].items()]
+        for target in summary["targets"]:
+            value = "not measured" if target["value"] is None else f"{target['value']:.4g}"
+            lines.append(f"  {'target ' + ('met' if target['met'] else 'MISSED'):<26}{target['target']} (is {value})")
         for name, share in summary["mixture"].items():
             asked, consumed = f"{share['asked']:.2%}", f"{share['consumed']:.2%}"
             lines.append(f"  {'stream ' + name:<26}{consumed} of the tokens, asked {asked}")

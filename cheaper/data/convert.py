@@ -57,7 +57,7 @@ BATCHES_AHEAD = 3  # per worker; bounds the memory
 def convert_mixture(
     data: DataConfig, sequence_length: int, processes: int | None = None, only: list[str] | None = None
 ) -> dict[str, Manifest]:
-    """Converts every stream of a mixture; those that are finished are left as they are.
+    """Converts every stream of a mixture and what it holds out; those that are finished are left as they are.
 
     Args:
         data: The mixture. A ``data.root`` with a scheme (``s3://`` …) is uploaded to.
@@ -71,13 +71,14 @@ def convert_mixture(
     Raises:
         UserError: A stream cannot be read or written, or its folder was made from something else.
     """
+    streams = {**data.streams, **data.held_out}
     for name in only or ():
-        if name not in data.streams:
-            raise UserError(f"--only {name}: no such stream in {data.name}{did_you_mean(name, data.streams)}")
+        if name not in streams:
+            raise UserError(f"--only {name}: no such stream in {data.name}{did_you_mean(name, streams)}")
     tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
     return {
-        name: convert_stream(name, data.streams[name], data, tokenizer, sequence_length, processes or os.cpu_count())
-        for name in only or data.streams
+        name: convert_stream(name, streams[name], data, tokenizer, sequence_length, processes or os.cpu_count())
+        for name in only or streams
     }
 
 

@@ -50,33 +50,61 @@ class MixedTokenDataset(StreamingDataset):
 
 
 def mixed_streams(data: DataConfig) -> list[str]:
-    """Names of the streams that take part: those with a proportion above 0."""
-    return [name for name, stream in data.streams.items() if stream.proportion > 0]
+    """Names of the streams that take part: those whose proportion is not 0."""
+    return [name for name, stream in data.streams.items() if stream.proportion != 0]
 
 
-def build_dataloader(data: DataConfig, batch_size: int, seed: int) -> DataSpec:
+def shares(data: DataConfig, manifests: dict[str, Manifest]) -> dict[str, float]:
+    """Each stream's share of the tokens: as asked, or where no proportions are given as large as it is."""
+    asked = {name: data.streams[name].proportion for name in mixed_streams(data)}
+    weights = {name: manifests[name].tokens if share is None else share for name, share in asked.items()}
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+
+def row_length(data: DataConfig, manifests: dict[str, Manifest]) -> float:
+    """Tokens in a row of the mixture, on average."""
+    return 1 / sum(
+        share * manifests[name].rows / manifests[name].tokens for name, share in shares(data, manifests).items()
+    )
+
+
+def epoch_tokens(data: DataConfig, manifests: dict[str, Manifest]) -> float:
+    """Tokens of an epoch: as many rows as the streams have, in the mixture's shares."""
+    return row_length(data, manifests) * sum(manifests[name].rows for name in mixed_streams(data))
+
+
+def build_dataloader(data: DataConfig, manifests: dict[str, Manifest], batch_size: int, seed: int) -> DataSpec:
     """The training data of one device.
 
     Args:
-        data: The mixture; its shards must have passed ``check_shards``.
+        data: The mixture.
+        manifests: What ``check_shards`` found.
         batch_size: Rows per device and optimizer step.
         seed: Seed of the shuffle.
     """
-    streams = [
-        Stream(**_location(data, name), proportion=data.streams[name].proportion) for name in mixed_streams(data)
-    ]
+    # Streaming's proportions are of rows, ours of tokens.
+    rows = {
+        name: share * manifests[name].rows / manifests[name].tokens for name, share in shares(data, manifests).items()
+    }
+    whole = any(stream.proportion is None for stream in data.streams.values())
+    streams = [Stream(**_location(data, name), **({} if whole else {"proportion": rows[name]})) for name in rows]
+    return _dataloader(data, streams, batch_size, data.num_workers, shuffle=data.shuffle, shuffle_seed=seed)
+
+
+def build_held_out(data: DataConfig, name: str, batch_size: int) -> DataSpec:
+    """One of ``data.held_out``, always in the same order."""
+    return _dataloader(data, [Stream(**_location(data, name))], batch_size, num_workers=0, shuffle=False)
+
+
+def _dataloader(data: DataConfig, streams: list[Stream], batch_size: int, num_workers: int, **order: Any) -> DataSpec:
     dataset = MixedTokenDataset(
-        streams=streams,
-        batch_size=batch_size,
-        shuffle=data.shuffle,
-        shuffle_seed=seed,
-        num_canonical_nodes=data.canonical_nodes,
+        streams=streams, batch_size=batch_size, num_canonical_nodes=data.canonical_nodes, **order
     )
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
-        num_workers=data.num_workers,
-        collate_fn=functools.partial(collate, within_documents=data.intra_document_attention),
+        num_workers=num_workers,
+        collate_fn=functools.partial(collate, within_documents=data.intra_document_attention or data.packing),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_parent,
     )
@@ -138,7 +166,7 @@ def check_shards(data: DataConfig, sequence_length: int, vocab_size: int, tokeni
         tokenizer: The run's tokenizer.
 
     Returns:
-        The manifest of each stream that takes part.
+        The manifest of each stream that takes part, and of what is held out.
 
     Raises:
         UserError: Shards are missing, unfinished, cut short, or made for another tokenizer or sequence length.
@@ -149,7 +177,7 @@ def check_shards(data: DataConfig, sequence_length: int, vocab_size: int, tokeni
             "expected at least as many"
         )
     manifests = {}
-    for name in mixed_streams(data):
+    for name in (*mixed_streams(data), *data.held_out):
         folder = f"{data.root}/{name}"
         manifest = manifests[name] = _read_manifest(name, folder)
         if not manifest.complete:
