@@ -13,13 +13,15 @@ from cheaper.errors import UserError, did_you_mean
 
 USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value …] [--dry-run]
        cheaper convert [recipe.yaml] [data=…] [key=value …] [--processes N] [--only STREAM …]
+       cheaper cache-teacher [recipe.yaml] training.teacher_model=… training.teacher_cache=FOLDER [key=value …]
+                       [--k 50] [--kind top_k|sampled] [--precision compact|fp32] [--only STREAM …]
        cheaper sample"""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal."""
     verb, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
-    verbs = {"train": train, "convert": convert, "sample": sample}
+    verbs = {"train": train, "convert": convert, "cache-teacher": cache_teacher, "sample": sample}
     if verb in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -70,6 +72,24 @@ def convert(args: list[str]) -> int:
     from cheaper.data.convert import convert_mixture
 
     convert_mixture(config.data, config.training.stage.sequence_length, options.processes, options.only)
+    return 0
+
+
+def cache_teacher(args: list[str]) -> int:
+    """Keeps what a teacher says of every token of a mixture, for ``training.teacher_cache``."""
+    parser = argparse.ArgumentParser(prog="cheaper cache-teacher")
+    parser.add_argument("--k", type=int, default=50, help="words kept, or drawn, for each token")
+    parser.add_argument("--kind", choices=["top_k", "sampled"], default="top_k")
+    parser.add_argument("--precision", choices=["compact", "fp32"], default="compact", help="of top_k's probabilities")
+    parser.add_argument("--only", nargs="+", metavar="STREAM", help="these streams of the mixture alone")
+    options, rest = parser.parse_known_args(args)
+    config = load_config(rest)
+    from cheaper import cache_teacher, training
+    from cheaper.data.manifest import TeacherRecord
+
+    training.join_processes()
+    record = TeacherRecord(options.kind, options.k, options.precision)
+    cache_teacher.cache_teacher(config, record, options.only)
     return 0
 
 

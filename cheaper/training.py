@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from composer import Algorithm, Callback, Evaluator, Trainer
+from composer import Algorithm, Callback, DataSpec, Evaluator, Trainer
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.optim import LinearWithWarmupScheduler
 from composer.utils import dist, get_device
@@ -17,12 +17,13 @@ from cheaper import checkpoints, flops, run_folder
 from cheaper.algorithms.gradient_clipping import GradientClipping
 from cheaper.algorithms.knowledge_distillation import CachedDistillation, KnowledgeDistillation
 from cheaper.algorithms.long_context import LongContext
+from cheaper.cache_teacher import check_cache
 from cheaper.callbacks.metrics_file import MetricsFile
 from cheaper.callbacks.progress_bar import TokenProgressBar
 from cheaper.callbacks.recipe_metrics import RecipeMetrics
 from cheaper.callbacks.run_summary import RunSummary
 from cheaper.callbacks.samples import Samples
-from cheaper.config import RunConfig, StageConfig, parse_count, parse_warmup
+from cheaper.config import DataConfig, RunConfig, StageConfig, parse_count, parse_warmup
 from cheaper.data.manifest import Manifest
 from cheaper.data.shared_memory import remove_stale_shared_memory
 from cheaper.data.streams import (
@@ -60,7 +61,9 @@ def build_trainer(config: RunConfig) -> Trainer:
     peak = flops.peak_flops(get_device(None)._device, _dtype(config))
     trainer = Trainer(
         model=model,
-        train_dataloader=build_dataloader(config.data, manifests, rows_per_device(stage), config.training.seed),
+        train_dataloader=build_dataloader(
+            token_shards(config), manifests, rows_per_device(stage), config.training.seed
+        ),
         eval_dataloader=build_evaluators(config),
         eval_interval=f"{config.training.eval_interval}ba" if config.training.eval_interval else "1dur",
         max_duration=f"{length.tokens}tok",
@@ -119,7 +122,9 @@ def check_data(config: RunConfig) -> tuple[Tokenizer, dict[str, Manifest]]:
     """
     stage, data = config.training.stage, config.data
     tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
-    manifests = check_shards(data, stage.sequence_length, config.model.vocab_size, tokenizer)
+    expected = (stage.sequence_length, config.model.vocab_size, tokenizer)
+    check_shards(data, data.held_out, *expected)
+    manifests = check_shards(token_shards(config), mixed_streams(data), *expected)
     length = run_length(config, manifests)
     if length.warmup >= length.tokens:
         raise UserError(
@@ -127,9 +132,16 @@ def check_data(config: RunConfig) -> tuple[Tokenizer, dict[str, Manifest]]:
             f"{length.tokens // length.tokens_per_step:.0f} ({length.tokens} tokens in steps of "
             f"{length.tokens_per_step:.0f}); expected fewer, or a share such as 3%"
         )
-    if config.training.teacher_model and not config.training.teacher_cache:
+    if config.training.teacher_cache:
+        check_cache(config, manifests)
+    elif config.training.teacher_model:
         check_teacher(config.training.teacher_model, tokenizer)
     return tokenizer, manifests
+
+
+def token_shards(config: RunConfig) -> DataConfig:
+    """The mixture as training reads it."""
+    return replace(config.data, root=config.training.teacher_cache or config.data.root)
 
 
 def run_length(config: RunConfig, manifests: dict[str, Manifest]) -> Length:
@@ -178,6 +190,13 @@ def build_optimizer(model: CausalLM, stage: StageConfig) -> torch.optim.AdamW:
 def build_scheduler(stage: StageConfig, length: Length) -> LinearWithWarmupScheduler:
     """Linear warm-up from 0 to the peak, then linear decay to ``final_lr_fraction`` of it, both over tokens."""
     return LinearWithWarmupScheduler(t_warmup=f"{length.warmup}tok", alpha_f=stage.final_lr_fraction)
+
+
+def build_train_data(config: RunConfig, manifests: dict[str, Manifest]) -> DataSpec:
+    """The batches of one device, from the token shards or from the teacher cache, which holds the tokens too."""
+    return build_dataloader(
+        token_shards(config), manifests, rows_per_device(config.training.stage), config.training.seed
+    )
 
 
 def build_evaluators(config: RunConfig) -> list[Evaluator]:

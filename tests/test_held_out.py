@@ -40,7 +40,7 @@ def test_two_epochs_are_every_token_twice(run):
 
 
 def test_the_held_out_set_is_looked_at_on_the_way_and_at_the_end(run):
-    folder, manifests = run
+    folder, _ = run
     records = [record for record in read_records(folder / "metrics.jsonl") if "eval/probe/loss" in record]
     steps = read_records(folder / "metrics.jsonl")[-1]["step"]
     assert [record["step"] for record in records] == [*range(50, steps, 50), steps]
@@ -58,7 +58,10 @@ def test_targets_are_checked_at_the_end(run):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.streams.a.proportion=null", "data.streams.a has no proportion, others have: expected all of them or none"),
+        (
+            "data.streams.a.proportion=null",
+            "data.streams.a has no proportion, others have: expected all of them or none",
+        ),
         ("training.stage.epochs=1", "training.stage has tokens=5120, epochs=1.0: expected one of them"),
         ("training.targets=[loss below 2]", "training.targets is loss below 2: expected a metric and a bound such as"),
         ("data.held_out.a.source.path=x", "data.held_out.a is a name of data.streams too: expected another"),

@@ -15,6 +15,19 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 
 
+@dataclass(frozen=True)
+class TeacherRecord:
+    """Whose words a teacher cache keeps, and how, see ``cheaper.data.teacher_cache``."""
+
+    kind: str  # top_k or sampled
+    k: int
+    precision: str  # compact or fp32
+    name: str = ""
+    fingerprint: str = ""
+    temperature: float = 1.0
+    words: int = 0  # over which the teacher's distribution is
+
+
 @dataclass
 class Manifest:
     """How a stream was converted (``made_from`` must agree to go on with it) and what came of it.
@@ -42,6 +55,7 @@ class Manifest:
     next_row: int = 0
     next_token: int = 0
     shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # until complete; then index.json has them
+    teacher: TeacherRecord | None = None  # of a teacher cache
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -55,7 +69,8 @@ class Manifest:
             raw = json.loads(path.read_text())
             if raw["version"] != FORMAT_VERSION:
                 raise ValueError(f"version {raw['version']}, expected {FORMAT_VERSION}")
-            return cls(**raw)
+            teacher = TeacherRecord(**raw["teacher"]) if raw.get("teacher") else None
+            return cls(**{**raw, "teacher": teacher})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: not a manifest of this version ({error})") from None
 

@@ -9,14 +9,18 @@ A batch is a dict of tensors::
     sample            [B] int64      the row's number in the whole mixture
     document_lengths  [B, N] int64   only where attention stays inside documents: their lengths, then those of the
                                      padding and zeros; T in all
+    teacher_…                        only from a teacher cache: ids, probabilities [B, T, K] and most_likely, tail or
+                                     entropy [B, T], the fields of ``SparseTeacher``
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import signal
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +32,9 @@ from streaming.base.storage import CloudDownloader
 from torch.utils.data import DataLoader
 
 from cheaper.config import DataConfig
-from cheaper.data.manifest import Manifest
+from cheaper.data.manifest import Manifest, TeacherRecord
 from cheaper.data.mixing import EVENLY
+from cheaper.data.teacher_cache import KeptRow, decode_row
 from cheaper.data.tokenize import Tokenizer
 from cheaper.errors import UserError
 from cheaper.losses.chunked import IGNORED
@@ -37,15 +42,23 @@ from cheaper.models.decoder import count_targets
 
 
 class MixedTokenDataset(StreamingDataset):
-    """Rows of tokens drawn from several streams; each row knows its stream and its number."""
+    """Rows of tokens drawn from several streams; each row knows its stream and its number.
 
-    def __init__(self, **arguments: Any):
+    Args:
+        teacher: How the streams' column ``teacher`` was made, if it is wanted.
+        arguments: Streaming's.
+    """
+
+    def __init__(self, teacher: TeacherRecord | None = None, **arguments: Any):
         super().__init__(**arguments)
+        self.teacher = teacher
         self.batching_method = EVENLY  # the constructor takes only streaming's own
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         row = super().get_item(sample_id, retry)
         shard_id, _ = self.spanner[sample_id]
+        if self.teacher:
+            row["teacher"] = decode_row(row["teacher"], len(row["input_ids"]), self.teacher)
         return {**row, "sample": sample_id, "stream": int(self.stream_per_shard[shard_id])}
 
 
@@ -87,24 +100,27 @@ def build_dataloader(data: DataConfig, manifests: dict[str, Manifest], batch_siz
         name: share * manifests[name].rows / manifests[name].tokens for name, share in shares(data, manifests).items()
     }
     whole = any(stream.proportion is None for stream in data.streams.values())
-    streams = [Stream(**_location(data, name), **({} if whole else {"proportion": rows[name]})) for name in rows]
-    return _dataloader(data, streams, batch_size, data.num_workers, shuffle=data.shuffle, shuffle_seed=seed)
+    streams = [Stream(**location(data, name), **({} if whole else {"proportion": rows[name]})) for name in rows]
+    teacher = next(iter(manifests.values())).teacher
+    order = {"shuffle": data.shuffle, "shuffle_seed": seed, "teacher": teacher}
+    return _dataloader(data, streams, batch_size, data.num_workers, **order)
 
 
 def build_held_out(data: DataConfig, name: str, batch_size: int) -> DataSpec:
     """One of ``data.held_out``, always in the same order."""
-    return _dataloader(data, [Stream(**_location(data, name))], batch_size, num_workers=0, shuffle=False)
+    return _dataloader(data, [Stream(**location(data, name))], batch_size, num_workers=0, shuffle=False)
 
 
-def _dataloader(data: DataConfig, streams: list[Stream], batch_size: int, num_workers: int, **order: Any) -> DataSpec:
-    dataset = MixedTokenDataset(
-        streams=streams, batch_size=batch_size, num_canonical_nodes=data.canonical_nodes, **order
-    )
+def _dataloader(
+    data: DataConfig, streams: list[Stream], batch_size: int, num_workers: int, **arguments: Any
+) -> DataSpec:
+    nodes = data.canonical_nodes
+    dataset = MixedTokenDataset(streams=streams, batch_size=batch_size, num_canonical_nodes=nodes, **arguments)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=functools.partial(collate, within_documents=data.intra_document_attention or data.packing),
+        collate_fn=functools.partial(collate, within_documents=within_documents(data)),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_parent,
     )
@@ -114,6 +130,11 @@ def _dataloader(data: DataConfig, streams: list[Stream], batch_size: int, num_wo
 def _leave_signals_to_the_parent(_worker: int) -> None:
     # Ctrl-C reaches every process of a terminal; the parent still needs its data to finish the step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def within_documents(data: DataConfig) -> bool:
+    """Whether attention stays inside the documents of a row."""
+    return data.intra_document_attention or data.packing
 
 
 def collate(rows: list[dict[str, Any]], within_documents: bool = False) -> dict[str, torch.Tensor]:
@@ -140,6 +161,21 @@ def collate(rows: list[dict[str, Any]], within_documents: bool = False) -> dict[
         lengths = [[*row["lengths"].tolist(), width - len(row["input_ids"])] for row in rows]
         most = max(map(len, lengths))
         batch["document_lengths"] = torch.tensor([row + [0] * (most - len(row)) for row in lengths])
+    if isinstance(rows[0].get("teacher"), KeptRow):
+        batch |= _collate_teacher([row["teacher"] for row in rows], width)
+    return batch
+
+
+def _collate_teacher(rows: list[KeptRow], width: int) -> dict[str, torch.Tensor]:
+    most = max(row.ids.shape[1] for row in rows)
+    batch = {}
+    for field in dataclasses.fields(KeptRow):
+        values = [getattr(row, field.name) for row in rows]
+        if values[0] is not None:
+            shape = (len(rows), width, most)[: values[0].ndim + 1]
+            batch[f"teacher_{field.name}"] = padded = torch.zeros(shape, dtype=torch.from_numpy(values[0]).dtype)
+            for i, value in enumerate(values):
+                padded[(i, *map(slice, value.shape))] = torch.from_numpy(value)
     return batch
 
 
@@ -156,17 +192,20 @@ def count_tokens(batch: dict[str, torch.Tensor]) -> dict[str, int]:
     return {"total": int(batch["row_tokens"].sum()), "loss_generating": int(count_targets(batch["labels"]))}
 
 
-def check_shards(data: DataConfig, sequence_length: int, vocab_size: int, tokenizer: Tokenizer) -> dict[str, Manifest]:
+def check_shards(
+    data: DataConfig, names: Iterable[str], sequence_length: int, vocab_size: int, tokenizer: Tokenizer
+) -> dict[str, Manifest]:
     """Refuses shards that do not belong to this run, naming both values.
 
     Args:
         data: The mixture.
+        names: Of the streams and held-out sets to look at.
         sequence_length: Tokens per row of the run.
         vocab_size: Words of the model.
         tokenizer: The run's tokenizer.
 
     Returns:
-        The manifest of each stream that takes part, and of what is held out.
+        The manifest of each.
 
     Raises:
         UserError: Shards are missing, unfinished, cut short, or made for another tokenizer or sequence length.
@@ -177,7 +216,7 @@ def check_shards(data: DataConfig, sequence_length: int, vocab_size: int, tokeni
             "expected at least as many"
         )
     manifests = {}
-    for name in (*mixed_streams(data), *data.held_out):
+    for name in names:
         folder = f"{data.root}/{name}"
         manifest = manifests[name] = _read_manifest(name, folder)
         if not manifest.complete:
@@ -219,7 +258,7 @@ def _check_sizes(name: str, folder: Path) -> None:
             raise UserError(f"data.streams.{name}: shard {path} {got}, expected {expected['bytes']} bytes")
 
 
-def _location(data: DataConfig, name: str) -> dict[str, str]:
+def location(data: DataConfig, name: str) -> dict[str, str]:
     if "://" not in data.root:
         return {"local": f"{data.root}/{name}"}
     return {"remote": f"{data.root}/{name}", "local": f"{data.cache}/{data.name}/{name}"}

@@ -54,6 +54,15 @@ class SparseTeacher:
         rest = probabilities.scatter_(1, kept.indices, 0).sum(-1)  # not 1 - Σ kept, which cancels
         return cls(kept.indices, kept.values, rest, None, kept.indices[:, 0])
 
+    @classmethod
+    def sampled(cls, logits_NV: torch.Tensor, k: int, temperature: float, generator: torch.Generator) -> SparseTeacher:
+        """``k`` words drawn from the distribution of ``logits``, with repetition; each stands for 1/k of it."""
+        log_p = (logits_NV.float() / temperature).log_softmax(-1)
+        probabilities = log_p.exp()
+        ids = torch.multinomial(probabilities, k, replacement=True, generator=generator)
+        entropy = -torch.linalg.vecdot(probabilities, log_p)
+        return cls(ids, torch.full_like(ids, 1 / k, dtype=torch.float32), None, entropy, logits_NV.argmax(-1))
+
     def rows(self, chunk: slice) -> SparseTeacher:
         parts = (self.ids_NK, self.probabilities_NK, self.tail_N, self.entropy_N, self.most_likely_N)
         return SparseTeacher(*(None if part is None else part[chunk] for part in parts))
