@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cheaper.compose import DEFAULT_CHOICES, load_config, to_yaml
+from cheaper.compose import DEFAULT_CHOICES, load_config, to_yaml, yaml_dir
 from cheaper.errors import UserError, did_you_mean
 
 USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value …] [--dry-run]
+       cheaper pipeline [pipeline.yaml] [key=value …] [--from STAGE] [--until STAGE] [--launcher COMMAND] [--dry-run]
        cheaper convert [recipe.yaml] [data=…] [key=value …] [--processes N] [--only STREAM …]
        cheaper cache-teacher [recipe.yaml] training.teacher_model=… training.teacher_cache=FOLDER [key=value …]
                        [--k 50] [--kind top_k|sampled] [--precision compact|fp32] [--only STREAM …]
@@ -21,7 +23,13 @@ USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value �
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit status: 0 done, 2 the user's mistake, 130 or 143 stopped by a signal."""
     verb, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
-    verbs = {"train": train, "convert": convert, "cache-teacher": cache_teacher, "sample": sample}
+    verbs = {
+        "train": train,
+        "pipeline": pipeline,
+        "convert": convert,
+        "cache-teacher": cache_teacher,
+        "sample": sample,
+    }
     if verb in ("-h", "--help"):
         print(USAGE)
         return 0
@@ -59,6 +67,30 @@ def train(args: list[str]) -> int:
     finally:
         trainer.close()
     return 0
+
+
+def pipeline(args: list[str]) -> int:
+    """Trains the stages of a pipeline one after the other; those that have finished are not run again."""
+    parser = argparse.ArgumentParser(prog="cheaper pipeline")
+    parser.add_argument("--from", dest="first", metavar="STAGE", help="begin here")
+    parser.add_argument("--until", metavar="STAGE", help="end here")
+    parser.add_argument("--launcher", help='such as "torchrun --nproc_per_node=8"; composer by default')
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands and the states")
+    options, rest = parser.parse_known_args(args)
+    from cheaper.pipeline import command, default_launcher, load_pipeline, run_pipeline, selected, table
+
+    path = Path(rest.pop(0)) if rest and rest[0].endswith((".yaml", ".yml")) else yaml_dir() / "pipeline.yaml"
+    stages = load_pipeline(path, rest)
+    launcher = options.launcher or default_launcher()
+    status = 0
+    if options.dry_run:
+        by_name = {stage.name: stage for stage in stages}
+        for stage in selected(stages, options.first, options.until):
+            print("$ " + shlex.join(command(stage, by_name.get(stage.start_from), launcher)))
+    else:
+        status = run_pipeline(stages, launcher, options.first, options.until)
+    print("\n" + table(stages))
+    return status
 
 
 def convert(args: list[str]) -> int:

@@ -101,6 +101,7 @@ class SamplesConfig:
     """Text that the model continues at each checkpoint."""
 
     prompts: list[str] = field(default_factory=list)
+    chats: list[str] = field(default_factory=list)  # what a user says; the model answers in the chat template
     max_new_tokens: int = at_least(1, default=48)
 
 
