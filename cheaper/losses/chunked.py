@@ -14,11 +14,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
-CHUNK_BYTES = 2**26  # of fp32 logits at a time
+CHUNK_BYTES = 2**28  # of logits at a time: the more, the fewer passes over the matrix and its gradient
+SLICE_BYTES = {"cpu": 2**24}  # of them in fp32 to work on at a time: what a processor's caches hold; elsewhere a chunk
 
-# Takes the logits [C, V] of a chunk of tokens, which tokens they are, and whether the gradient is wanted. Returns sums
-# over the chunk's targets, first the loss, and leaves the gradient of the loss in the place of the logits.
-Objective = Callable[[torch.Tensor, slice, bool], tuple[torch.Tensor, ...]]
+# Works on some of a chunk's logits [C, V], given which of its tokens they are and whether the gradient is wanted.
+# Returns sums over the targets, first the loss, and leaves the gradient of the loss in the place of the logits.
+Work = Callable[[torch.Tensor, slice, bool], tuple[torch.Tensor, ...]]
+
+# Makes ready what all of a chunk needs, given which tokens it has, once for the products and not in slices.
+Objective = Callable[[slice], Work]
 
 
 def chunked_loss(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, ...]:
@@ -48,19 +52,26 @@ class _ChunkedLoss(torch.autograd.Function):
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        words = weight.shape[0]
+        rows = max(1, CHUNK_BYTES // (dtype.itemsize * words))
+        few = max(1, SLICE_BYTES.get(device.type, CHUNK_BYTES) // (4 * words))
         sums = None
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        # Buffers that are used again: fresh memory of this size would cost a CPU more than the arithmetic in it.
+        logits_CV = hidden_ND.new_empty(min(rows, hidden_ND.shape[0]), words, dtype=dtype)
+        product_VD = torch.empty_like(weight) if needs_weight and hidden_ND.shape[0] > rows else None
         with torch.autocast(device.type, enabled=False):
             for start in range(0, hidden_ND.shape[0], rows):
-                chunk = slice(start, start + rows)
-                hidden = hidden_ND[chunk].to(dtype)
-                logits = hidden @ weight.T
-                parts = objective(logits, chunk, needs_hidden or needs_weight)
-                sums = parts if sums is None else tuple(a + b for a, b in zip(sums, parts, strict=True))
+                hidden = hidden_ND[start : start + rows].to(dtype)
+                logits = torch.mm(hidden, weight.T, out=logits_CV[: hidden.shape[0]])
+                work = objective(slice(start, start + rows))
+                for first in range(0, hidden.shape[0], few):
+                    part = slice(first, first + few)
+                    parts = work(logits[part], part, needs_hidden or needs_weight)
+                    sums = parts if sums is None else tuple(a + b for a, b in zip(sums, parts, strict=True))
                 if needs_hidden:
-                    grad_hidden[chunk] = logits @ weight
+                    grad_hidden[start : start + rows] = logits @ weight
                 if needs_weight:
-                    grad_weight += logits.T @ hidden
+                    grad_weight += torch.mm(logits.T, hidden, out=product_VD)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype) if needs_weight else None)
         ctx.mark_non_differentiable(*sums[1:])
         return sums

@@ -23,17 +23,19 @@ def linear_cross_entropy(
         The sum of the losses in nats (fp32 scalar, differentiable once), and under ``accuracy`` how many targets are
         the most likely word (int64 scalar).
     """
-    loss, correct = chunked_loss(hidden_ND, weight_VD, functools.partial(_cross_entropy_, labels_N))
+    loss, correct = chunked_loss(
+        hidden_ND, weight_VD, lambda chunk: functools.partial(_cross_entropy_, labels_N[chunk])
+    )
     return loss, {"accuracy": correct}
 
 
-def _cross_entropy_(labels_N: torch.Tensor, logits: torch.Tensor, chunk: slice, needs_grad: bool):
-    """The objective.
+def _cross_entropy_(labels_N: torch.Tensor, logits: torch.Tensor, part: slice, needs_grad: bool):
+    """The loss of some logits, whose place their gradient takes.
 
     One fused softmax gives everything: where x is the logits and p their softmax, the most likely word k has
     log Σ exp(x) = x_k - log p_k, and the gradient is p - onehot(label), 0 where there is no target.
     """
-    labels = labels_N[chunk]
+    labels = labels_N[part]
     is_target = labels != IGNORED
     index = labels.clamp(min=0)[:, None]
     largest, most_likely = logits.max(-1, keepdim=True)

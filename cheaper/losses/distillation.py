@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from cheaper.config import DistillationConfig
-from cheaper.losses.chunked import IGNORED, chunked_loss
+from cheaper.losses.chunked import IGNORED, Work, chunked_loss
 
 SUMS = ("kd_loss", "cross_entropy", "accuracy", "teacher_agreement")
 
@@ -93,12 +93,17 @@ def linear_distillation(
     words = min(weight_VD.shape[0], teacher_weight_VE.shape[0])
     teacher_weight = teacher_weight_VE[:words]
 
-    def objective(logits_CV: torch.Tensor, chunk: slice, needs_grad: bool) -> tuple[torch.Tensor, ...]:
-        teacher_logits_CV = teacher_hidden_NE[chunk] @ teacher_weight.T
-        if settings.top_k:
-            teacher = SparseTeacher.top(teacher_logits_CV, settings.top_k, settings.temperature)
-            return _sparse_(teacher, labels_N[chunk], settings, logits_CV, needs_grad)
-        return _dense_(teacher_logits_CV, labels_N[chunk], settings, logits_CV, needs_grad)
+    def objective(chunk: slice) -> Work:
+        teacher_logits_CV, labels_C = teacher_hidden_NE[chunk] @ teacher_weight.T, labels_N[chunk]
+
+        def work(logits_CV: torch.Tensor, part: slice, needs_grad: bool) -> tuple[torch.Tensor, ...]:
+            theirs, labels = teacher_logits_CV[part], labels_C[part]
+            if settings.top_k:
+                teacher = SparseTeacher.top(theirs, settings.top_k, settings.temperature)
+                return _sparse_(teacher, labels, settings, logits_CV, needs_grad)
+            return _dense_(theirs, labels, settings, logits_CV, needs_grad)
+
+        return work
 
     loss, *sums = chunked_loss(hidden_ND, weight_VD[:words], objective)
     return loss, dict(zip(SUMS, sums, strict=True))
@@ -118,8 +123,13 @@ def sparse_distillation(
     Anshumann et al., ACL 2025, section 4).
     """
 
-    def objective(logits_CV: torch.Tensor, chunk: slice, needs_grad: bool) -> tuple[torch.Tensor, ...]:
-        return _sparse_(teacher.rows(chunk), labels_N[chunk], settings, logits_CV, needs_grad)
+    def objective(chunk: slice) -> Work:
+        kept, labels_C = teacher.rows(chunk), labels_N[chunk]
+
+        def work(logits_CV: torch.Tensor, part: slice, needs_grad: bool) -> tuple[torch.Tensor, ...]:
+            return _sparse_(kept.rows(part), labels_C[part], settings, logits_CV, needs_grad)
+
+        return work
 
     loss, *sums = chunked_loss(hidden_ND, weight_VD, objective)
     return loss, dict(zip(SUMS, sums, strict=True))

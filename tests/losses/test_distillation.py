@@ -15,6 +15,7 @@ WORDS = 101
 @pytest.fixture(autouse=True, params=[5, 1000])
 def rows_per_chunk(request, monkeypatch):
     monkeypatch.setattr(chunked, "CHUNK_BYTES", request.param * 4 * WORDS)
+    monkeypatch.setattr(chunked, "SLICE_BYTES", {"cpu": 2 * 4 * WORDS})
 
 
 def inputs(tokens: int = 33, width: int = 16, teacher_width: int = 24, teacher_words: int = WORDS):
