@@ -2,9 +2,10 @@
 
     rows ──workers: parse, format, tokenise──▶ documents ──parent: join, cut──▶ token rows ──▶ MDS shards
 
-A document is BOS, its tokens, EOS. Documents are joined and cut into rows of ``sequence_length``; a document goes on in
-the next row, and only the last row of a stream is shorter. Columns of a row: ``input_ids``, and ``lengths`` of the
-pieces of documents in it, both in the narrowest unsigned type.
+A document of text is BOS, its tokens, EOS. Documents are joined and cut into rows of ``sequence_length``; a document
+goes on in the next row, and only the last row of a stream is shorter. A chat is what its template makes of it, and
+stays whole: it has a row of its own, or with ``data.packing`` shares one. Columns of a row: ``input_ids``, ``lengths``
+of the documents or their pieces in it, and for chats ``loss_lengths``, all in the narrowest unsigned type.
 
 One process reads and writes, in order, so the shards are the same bytes whatever the number of workers. After each
 shard the manifest says where to go on; a conversion that was killed goes on from there with the same command.
@@ -21,6 +22,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -42,9 +44,10 @@ import numpy as np
 from tqdm import tqdm
 
 from cheaper.config import DataConfig, StreamConfig
-from cheaper.data.formats import UnusableRow, get_format
+from cheaper.data.chat import ChatTemplate, EncodedChat
+from cheaper.data.formats import Format, UnusableRow, get_format
 from cheaper.data.manifest import MANIFEST, Manifest
-from cheaper.data.rows import Position, RowCutter
+from cheaper.data.rows import ChatRows, Position, RowCutter
 from cheaper.data.shards import ShardWriter, narrowest, one_line
 from cheaper.data.sources import RawRow, Source
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
@@ -86,10 +89,12 @@ def convert_stream(
     name: str, stream: StreamConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int, processes: int
 ) -> Manifest:
     """Converts one stream into ``<data.root>/<name>``, or goes on where a killed conversion stopped."""
-    get_format(stream.format, stream.field)  # a wrong name is told before anything is made
+    read = get_format(stream.format, stream.field)
+    template = ChatTemplate.load(data.chat_template, data.tokenizer, tokenizer) if read.is_chat else None
+    maker = _Maker(tokenizer, read, template, sequence_length, data.too_long)
     remote = f"{data.root}/{name}" if "://" in data.root else None
     folder = Path(data.cache, "converting", data.root.replace("://", "/"), name) if remote else Path(data.root, name)
-    manifest = _new_manifest(stream, tokenizer, sequence_length)
+    manifest = _new_manifest(stream, data, maker)
     if earlier := _earlier_manifest(folder, remote):
         for key, now in manifest.made_from().items():
             if earlier.made_from()[key] != now:
@@ -108,12 +113,12 @@ def convert_stream(
     try:
         with (
             _locked(folder),
-            _pool(processes, tokenizer, stream.format, stream.field) as pool,
+            _pool(processes, maker) as pool,
             _Progress(name, source) as progress,
         ):
             manifest.write(folder / MANIFEST)  # marks the folder as this conversion's
-            batches = _in_order(pool, _tokenise, _batches(source, manifest.next_row), processes * BATCHES_AHEAD)
-            _write(batches, folder, remote, manifest, progress)
+            raw = _batches(source, manifest.next_row, {ordinal for ordinal, _ in manifest.held})
+            _write(_in_order(pool, _tokenise, raw, processes * BATCHES_AHEAD), folder, remote, manifest, progress)
     except BrokenProcessPool:
         raise UserError(f"data.streams.{name}: a worker process died; the same command goes on from here") from None
     except OSError as error:  # reading has errors of its own, see Source
@@ -126,17 +131,21 @@ def convert_stream(
     return manifest
 
 
-def _new_manifest(stream: StreamConfig, tokenizer: Tokenizer, sequence_length: int) -> Manifest:
+def _new_manifest(stream: StreamConfig, data: DataConfig, maker: _Maker) -> Manifest:
+    tokenizer, template = maker.tokenizer, maker.template
     return Manifest(
         tokenizer_name=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
-        sequence_length=sequence_length,
+        sequence_length=maker.length,
         source=dataclasses.asdict(stream.source),
         format=stream.format,
         field=stream.field,
+        chat_template=hashlib.sha256(template.source.encode()).hexdigest() if template else None,
+        packing=bool(template) and data.packing,
+        too_long=data.too_long if template else None,
     )
 
 
@@ -177,15 +186,15 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _pool(processes: int, tokenizer: Tokenizer, format_name: str, field: str) -> Iterator[ProcessPoolExecutor]:
+def _pool(processes: int, maker: _Maker) -> Iterator[ProcessPoolExecutor]:
     """Workers that leave Ctrl-C to the parent."""
     with tempfile.TemporaryDirectory() as folder:
         # Through a file: a pipe is too narrow for a vocabulary, and a worker that dies before it has read all of one
         # (the calling script lacks ``if __name__ == "__main__"``, say) would leave the parent writing for ever.
-        path = Path(folder, "tokenizer")
-        path.write_bytes(pickle.dumps(tokenizer))
+        path = Path(folder, "maker")
+        path.write_bytes(pickle.dumps(maker))
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(processes, spawn, _start_worker, (path, format_name, field))
+        pool = ProcessPoolExecutor(processes, spawn, _start_worker, (path,))
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # children inherit it; all start here
         try:
             pool.submit(os.getpid)
@@ -205,18 +214,63 @@ class _Tokenised:
     """A batch of rows as documents: their tokens end to end, their lengths, and what could not be used."""
 
     tokens: np.ndarray
-    lengths: np.ndarray  # int64, tokens of each document with BOS and EOS
+    lengths: np.ndarray  # int64, tokens of each document
     ordinals: np.ndarray  # int64, which raw row each document is, counted over the stream
+    loss: np.ndarray | None  # bool, of each token; of chats only
     unusable: list[dict[str, Any]]
-    rows: int
+    next_row: int  # after those of the batch
     bytes_read: int
 
 
-def _start_worker(tokenizer: Path, format_name: str, field: str) -> None:
-    global _worker
+@dataclass
+class _Maker:
+    """Makes documents of raw rows.
+
+    Args:
+        tokenizer: Of the stream.
+        read: Its format.
+        template: Where the format gives chats.
+        length: Tokens of a row.
+        too_long: What becomes of a chat that is longer: ``drop`` or ``cut``.
+    """
+
+    tokenizer: Tokenizer
+    read: Format
+    template: ChatTemplate | None
+    length: int
+    too_long: str
+
+    def text(self, row: RawRow) -> str:
+        """The text of one row."""
+        text = self.read(row.parse())
+        if not text.strip():
+            raise UnusableRow("empty text")
+        text.encode("utf-8")  # JSON can spell lone surrogates, which are no text
+        return text
+
+    def chat(self, row: RawRow) -> EncodedChat:
+        """The tokens of one row's chat, and where they have loss."""
+        chat = self.template.encode(self.read(row.parse()))
+        if len(chat.ids) > self.length:
+            if self.too_long == "drop":
+                raise UnusableRow(f"the chat has {len(chat.ids)} tokens, a row {self.length}")
+            chat = EncodedChat(chat.ids[: self.length], chat.loss[: self.length])
+            if not chat.loss.any():
+                raise UnusableRow(f"cut to {self.length} tokens, the chat has no loss")
+        return chat
+
+    def tokens(self, texts: list[str]) -> list[np.ndarray]:
+        """Each text between BOS and EOS."""
+        bos, eos = self.tokenizer.bos_id, np.array([self.tokenizer.eos_id], np.uint32)
+        before = [] if bos is None else [np.array([bos], np.uint32)]
+        return [np.concatenate([*before, ids, eos]) for ids in self.tokenizer.encode_batch(texts)]
+
+
+def _start_worker(maker: Path) -> None:
+    global _maker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = (pickle.loads(tokenizer.read_bytes()), get_format(format_name, field))
+    _maker = pickle.loads(maker.read_bytes())
 
 
 def _end_with_parent() -> None:
@@ -225,34 +279,27 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _tokenise(batch: tuple[list[RawRow], int, int]) -> _Tokenised:
-    rows, first, bytes_read = batch
-    tokenizer, to_text = _worker
-    texts, ordinals, unusable = [], [], []
-    for ordinal, row in enumerate(rows, first):
+def _tokenise(batch: tuple[list[RawRow], list[int], int]) -> _Tokenised:
+    rows, numbers, bytes_read = batch
+    chats = _maker.template is not None
+    made, ordinals, unusable = [], [], []
+    for ordinal, row in zip(numbers, rows, strict=True):
         try:
-            text = to_text(row.parse())
-            if not text.strip():
-                raise UnusableRow("empty text")
-            text.encode("utf-8")  # JSON can spell lone surrogates, which are no text
+            made.append(_maker.chat(row) if chats else _maker.text(row))
+            ordinals.append(ordinal)
         except (UnusableRow, UnicodeEncodeError) as error:
             excerpt = repr(row.content if isinstance(row.content, dict) else row.content[:200])[:200]
             place = {"row": ordinal, "file": row.file, "row_of_file": row.number}
             unusable.append({**place, "reason": str(error), "excerpt": excerpt})
-            continue
-        texts.append(text)
-        ordinals.append(ordinal)
-    encoded = tokenizer.encode_batch(texts)
-    dtype = narrowest(tokenizer.vocab_size)
-    before = [] if tokenizer.bos_id is None else [np.array([tokenizer.bos_id], dtype)]
-    after = np.array([tokenizer.eos_id], dtype)
-    pieces = [piece for ids in encoded for piece in (*before, ids.astype(dtype, copy=False), after)]
+    documents = [chat.ids for chat in made] if chats else _maker.tokens(made)
+    dtype = narrowest(_maker.tokenizer.vocab_size)
     return _Tokenised(
-        tokens=np.concatenate(pieces) if pieces else np.empty(0, dtype),
-        lengths=np.array([len(ids) + len(before) + 1 for ids in encoded], np.int64),
+        tokens=np.concatenate([np.empty(0, dtype), *(ids.astype(dtype) for ids in documents)]),
+        lengths=np.array([len(ids) for ids in documents], np.int64),
         ordinals=np.array(ordinals, np.int64),
+        loss=np.concatenate([np.empty(0, bool), *(chat.loss for chat in made)]) if chats else None,
         unusable=unusable,
-        rows=len(rows),
+        next_row=numbers[-1] + 1,
         bytes_read=bytes_read,
     )
 
@@ -260,20 +307,22 @@ def _tokenise(batch: tuple[list[RawRow], int, int]) -> _Tokenised:
 # ---- in the parent
 
 
-def _batches(source: Source, skip: int) -> Iterator[tuple[list[RawRow], int, int]]:
-    """Rows in batches of about ``BATCH_BYTES`` with the number of the first, without the first ``skip`` rows."""
+def _batches(source: Source, skip: int, held: set[int]) -> Iterator[tuple[list[RawRow], list[int], int]]:
+    """Rows in batches of about ``BATCH_BYTES`` with their numbers, without the first ``skip`` rows but for ``held``."""
     batch: list[RawRow] = []
-    size, count, read_before = 0, 0, source.bytes_read()
-    for count, row in enumerate(source, 1):
-        if count <= skip:
+    numbers: list[int] = []
+    size, read_before = 0, source.bytes_read()
+    for number, row in enumerate(source):
+        if number < skip and number not in held:
             continue
         batch.append(row)
+        numbers.append(number)
         size += _size(row)
         if size >= BATCH_BYTES:
-            yield batch, count - len(batch), source.bytes_read() - read_before
-            batch, size, read_before = [], 0, source.bytes_read()
+            yield batch, numbers, source.bytes_read() - read_before
+            batch, numbers, size, read_before = [], [], 0, source.bytes_read()
     if batch:
-        yield batch, count - len(batch), source.bytes_read() - read_before
+        yield batch, numbers, source.bytes_read() - read_before
 
 
 def _size(value: Any) -> int:
@@ -306,19 +355,21 @@ def _write(
 ) -> None:
     side_file = folder / "skipped.jsonl"
     _drop_rows_from(side_file, manifest.next_row)
-    start = Position(manifest.next_row, manifest.next_token, manifest.documents)
-    cutter, writer = RowCutter(manifest.sequence_length, start), ShardWriter(folder, remote, manifest)
+    held = tuple((ordinal, rounds) for ordinal, rounds in manifest.held)
+    start = Position(manifest.next_row, manifest.next_token, manifest.documents, held)
+    writer = ShardWriter(folder, remote, manifest)
+    cutter = RowCutter(manifest.sequence_length, start)
+    if manifest.chat_template:
+        cutter = ChatRows(manifest.sequence_length, manifest.packing, start)
     raw_rows = start.row
     for batch in batches:
         with open(side_file, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in batch.unusable)
-        cutter.add(batch.tokens, batch.lengths, batch.ordinals)
-        for row in cutter.rows():
-            writer.write(*row)
-        raw_rows += batch.rows
+        cutter.add(batch.tokens, batch.lengths, batch.ordinals, *([] if batch.loss is None else [batch.loss]))
+        writer.write_all(cutter.rows())
+        raw_rows = max(raw_rows, batch.next_row)
         progress.update(batch)
-    for row in cutter.rows(last=True):
-        writer.write(*row)
+    writer.write_all(cutter.rows(last=True))
     with open(side_file) as file:
         first = file.readline()
         skipped = bool(first) + sum(1 for _ in file)

@@ -1,16 +1,22 @@
-"""How a raw row becomes the text of one document. A format is a function from the row to text.
+"""How a raw row becomes one document: a function from the row to its text, or to its chat.
 
-Chats, whose text a template decides, will be formats of their own kind beside these.
+A chat is a list of messages with ``role`` and ``content``; a template decides its text, see ``cheaper.data.chat``.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from cheaper.errors import UserError, did_you_mean
 
+if TYPE_CHECKING:
+    from cheaper.data.questions import Questions
+
 Row = Mapping[str, Any]
+Chat = list[dict[str, Any]]
 
 
 class UnusableRow(ValueError):  # noqa: N818  the row is at fault, not the program
@@ -36,28 +42,90 @@ def natural_reasoning(row: Row) -> str:
 
 def nemotron_post_training(row: Row) -> str:
     """``nvidia/Llama-Nemotron-Post-Training-Dataset``: the messages of ``input``, then ``output``."""
+    return "\n\n".join([*(column(message, "content") for message in _input_messages(row)), column(row, "output")])
+
+
+def nemotron_chat(row: Row) -> Chat:
+    """The same as a chat, after ``system_prompt`` where there is one."""
+    system = [{"role": "system", "content": row["system_prompt"]}] if row.get("system_prompt") else []
+    return [*system, *_input_messages(row), {"role": "assistant", "content": column(row, "output")}]
+
+
+def _input_messages(row: Row) -> Chat:
     messages = row.get("input")
     if isinstance(messages, str):
-        messages = [{"content": messages}]
+        messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise UnusableRow("column input holds no messages")
-    return "\n\n".join([*(column(message, "content") for message in messages), column(row, "output")])
+    return messages
 
 
-FORMATS: dict[str, Callable[[Row], str]] = {
-    "natural_reasoning": natural_reasoning,
-    "nemotron_post_training": nemotron_post_training,
+def messages(row: Row) -> Chat:
+    """``allenai/tulu-3-sft-olmo-2-mixture-0225`` and its like: a chat in the column ``messages``."""
+    if not isinstance(row.get("messages"), list):
+        raise UnusableRow(f"column messages holds no list; there are {', '.join(map(str, row))}")
+    return row["messages"]
+
+
+def one_turn(row: Row, question: str, answer: str) -> Chat:
+    """What one column asks and another answers."""
+    return [
+        {"role": "user", "content": column(row, question)},
+        {"role": "assistant", "content": column(row, answer)},
+    ]
+
+
+def open_code_reasoning(row: Row, questions: Questions) -> Chat:
+    """``nvidia/OpenCodeReasoning-2``: most questions are left out of it and found by three of its columns."""
+    if row.get("question") == "-":
+        row = {**row, "question": questions.find(row.get("dataset"), row.get("split"), row.get("index"))}
+    return one_turn(row, "question", "r1_generation")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows of one kind are read: ``format(row)`` is the document's text, or its chat where ``is_chat``."""
+
+    read: Callable[..., Any]
+    is_chat: bool = False
+
+    def __call__(self, row: Row) -> Any:
+        """The document; raises ``UnusableRow``."""
+        return self.read(row)
+
+
+FORMATS: dict[str, Format] = {
+    "natural_reasoning": Format(natural_reasoning),
+    "nemotron_post_training": Format(nemotron_post_training),
+    "messages": Format(messages, is_chat=True),
+    "prompt_response": Format(functools.partial(one_turn, question="prompt", answer="response"), is_chat=True),
+    "nemotron_chat": Format(nemotron_chat, is_chat=True),
+    # nvidia/OpenMathReasoning, nvidia/OpenScienceReasoning-2, nvidia/OpenCodeReasoning-2
+    "open_math_reasoning": Format(
+        functools.partial(one_turn, question="problem", answer="generated_solution"), is_chat=True
+    ),
+    "open_science_reasoning": Format(functools.partial(one_turn, question="input", answer="output"), is_chat=True),
+    "open_code_reasoning": Format(open_code_reasoning, is_chat=True),
 }
 
 
-def get_format(name: str, field: str) -> Callable[[Row], str]:
+def get_format(name: str, field: str, questions: Questions | None = None) -> Format:
     """The format called ``name``; ``text`` reads the column ``field``.
+
+    Args:
+        name: ``text`` or one of ``FORMATS``.
+        field: The column that ``text`` reads.
+        questions: Where ``open_code_reasoning`` finds its questions, the published datasets by default.
 
     Raises:
         UserError: There is no such format.
     """
     if name == "text":
-        return lambda row: column(row, field)
+        return Format(functools.partial(column, name=field))
     if name not in FORMATS:
         raise UserError(f"format {name}: no such format{did_you_mean(name, ['text', *FORMATS])}")
+    if name == "open_code_reasoning":
+        from cheaper.data.questions import Questions  # which needs UnusableRow from here
+
+        return Format(functools.partial(open_code_reasoning, questions=questions or Questions()), is_chat=True)
     return FORMATS[name]

@@ -45,6 +45,9 @@ class Manifest:
     source: dict[str, Any]
     format: str
     field: str
+    chat_template: str | None = None  # fingerprint, of chats only
+    packing: bool = False  # several chats to a row
+    too_long: str | None = None  # what became of chats that do not fit a row
     source_bytes: int | None = None  # of all files when the conversion began
     version: int = FORMAT_VERSION
     complete: bool = False
@@ -54,6 +57,7 @@ class Manifest:
     skipped: int = 0
     next_row: int = 0
     next_token: int = 0
+    held: list[list[int]] = dataclasses.field(default_factory=list)  # such raw rows in no shard, and rounds waited
     shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # until complete; then index.json has them
     teacher: TeacherRecord | None = None  # of a teacher cache
 
@@ -86,4 +90,5 @@ class Manifest:
     def made_from(self) -> dict[str, Any]:
         """What must be equal for two conversions to be the same."""
         names = ("tokenizer_fingerprint", "sequence_length", "source", "format", "field")
+        names += ("chat_template", "packing", "too_long")
         return {name: getattr(self, name) for name in names}

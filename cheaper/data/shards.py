@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from cheaper.data.manifest import MANIFEST, Manifest
-from cheaper.data.rows import Position
+from cheaper.data.rows import Position, Row
 from cheaper.errors import UserError
 
 SHARD_BYTES = 1 << 26
@@ -34,8 +35,11 @@ class ShardWriter:
         from streaming import MDSWriter  # slow to import, and the workers need none of it
 
         self.folder, self.manifest = folder, manifest
-        self.dtype, self.length_dtype = narrowest(manifest.vocab_size), narrowest(manifest.sequence_length + 1)
-        columns = {"input_ids": f"ndarray:{self.dtype}", "lengths": f"ndarray:{self.length_dtype}"}
+        dtype, length_dtype = narrowest(manifest.vocab_size), narrowest(manifest.sequence_length + 1)
+        self.dtypes = {"input_ids": dtype, "lengths": length_dtype}
+        if manifest.chat_template:
+            self.dtypes["loss_lengths"] = length_dtype
+        columns = {name: f"ndarray:{dtype}" for name, dtype in self.dtypes.items()}
         with tempfile.TemporaryDirectory() as empty:  # streaming takes no folder that holds shards already
             try:
                 self.mds = MDSWriter(out=(empty, remote) if remote else empty, columns=columns, size_limit=SHARD_BYTES)
@@ -49,20 +53,32 @@ class ShardWriter:
                 if (folder / shard["raw_data"]["basename"]).exists():
                     self._upload(shard["raw_data"]["basename"])
 
-    def write(self, tokens: np.ndarray, lengths: np.ndarray, position: Position) -> None:
+    def write_all(self, rows: Iterable[tuple[Row | None, Position | None]]) -> None:
+        """Adds rows, each with where it begins; no row means that a shard ends here, no place that none can yet."""
+        for row, begin in rows:
+            if row is None:
+                self._close_shard(begin)
+            else:
+                self._write(row, begin)
+
+    def _write(self, row: Row, begin: Position | None) -> None:
         shards = len(self.mds.shards)
         self._check_uploads()
-        self.mds.write({"input_ids": tokens, "lengths": lengths.astype(self.length_dtype)})
-        if len(self.mds.shards) > shards:  # streaming closed a shard; this row is the first of the next
-            self._keep(position)
+        self.mds.write({name: row[name].astype(dtype, copy=False) for name, dtype in self.dtypes.items()})
+        if len(self.mds.shards) > shards and begin:  # streaming closed a shard; this row is the first of the next
+            self._keep(begin)
         self.rows += 1
-        self.tokens += len(tokens)
+        self.tokens += len(row["input_ids"])
 
-    def finish(self, end: Position, skipped: int) -> None:
+    def _close_shard(self, end: Position) -> None:
         if self.mds.new_samples:
             self.mds.flush_shard()
             self.mds._reset_cache()
         self._keep(end)
+
+    def finish(self, end: Position, skipped: int) -> None:
+        """Ends the stream: writes the index and, last of all, the manifest."""
+        self._close_shard(end)
         # MDSWriter.finish would also delete the folder after an upload, and with it the manifest.
         self.mds._write_index()
         self.mds.executor.shutdown(wait=True)
@@ -95,6 +111,7 @@ class ShardWriter:
             os.fsync(file.fileno())
         self.manifest.rows, self.manifest.tokens = self.rows, self.tokens
         self.manifest.next_row, self.manifest.next_token = position.row, position.token
+        self.manifest.held = [list(pair) for pair in position.held]
         self.manifest.documents, self.manifest.shards = position.documents, self.mds.shards
         self.manifest.write(self.folder / MANIFEST)
 

@@ -231,6 +231,11 @@ def check_shards(
                 f"data.streams.{name}: {folder} has rows of {manifest.sequence_length} tokens, "
                 f"training.stage.sequence_length is {sequence_length}; convert again into another data.root"
             )
+        if manifest.chat_template and manifest.packing != data.packing:
+            raise UserError(
+                f"data.streams.{name}: {folder} was made with data.packing={manifest.packing}, the run has "
+                f"{data.packing}; convert again into another data.root"
+            )
         if "://" not in data.root:
             _check_sizes(name, Path(folder))
     return manifests

@@ -59,6 +59,9 @@ class Tokenizer:
         bos_id: Id that starts a document, if the vocabulary has one.
         eos_id: Id that ends a document.
         engine: What encodes.
+
+    Attributes:
+        special_tokens: Id of each special token by its spelling.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Tokenizer:
         self.bos_id, self.eos_id = bos_id, eos_id
         if isinstance(engine, tokenizers.Tokenizer):
             engine.encode_special_tokens = True  # what text spells is text
+        self.special_tokens = _special_tokens(engine)
         words = _identity(engine)
         self.vocabulary = hashlib.sha256(words).hexdigest()  # which words have which ids, and how text becomes words
         self.fingerprint = hashlib.sha256(f"{vocab_size} {bos_id} {eos_id} ".encode() + words).hexdigest()
@@ -104,6 +108,12 @@ class Tokenizer:
         except ValueError:
             slices = [text[i : i + SLICE_CHARACTERS] for i in range(0, len(text), SLICE_CHARACTERS)]
             return np.concatenate([self.engine.encode_to_numpy(part, disallowed_special=()) for part in slices])
+
+
+def _special_tokens(engine: tiktoken.Encoding | tokenizers.Tokenizer) -> dict[str, int]:
+    if isinstance(engine, tiktoken.Encoding):
+        return dict(engine._special_tokens)
+    return {token.content: id for id, token in engine.get_added_tokens_decoder().items() if token.special}
 
 
 def _identity(engine: tiktoken.Encoding | tokenizers.Tokenizer) -> bytes:

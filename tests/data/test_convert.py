@@ -98,16 +98,19 @@ def test_the_cutter_keeps_every_token_and_knows_where_rows_begin(seed):
         return rows + list(cutter.rows(last=True))
 
     rows = cut(Position(0, 0, 0))
-    assert np.array_equal(np.concatenate([tokens for tokens, _, _ in rows]), everything)
-    for i, (tokens, lengths, begin) in enumerate(rows):
+    assert np.array_equal(np.concatenate([row["input_ids"] for row, _ in rows]), everything)
+    for i, (row, begin) in enumerate(rows):
+        tokens = row["input_ids"]
         assert tokens[0] == 1000 * begin.row + begin.token
         assert begin.documents == begin.row
-        borders = np.split(tokens, np.cumsum(lengths)[:-1])
+        borders = np.split(tokens, np.cumsum(row["lengths"])[:-1])
         assert all(len(set(piece // 1000)) == 1 for piece in borders)
         assert len(borders) == len(set(tokens // 1000))
         again = cut(begin)  # going on from any row gives the same rows
         assert len(again) == len(rows) - i
-        assert all(np.array_equal(a[0], b[0]) and a[2] == b[2] for a, b in zip(again, rows[i:], strict=True))
+        for (one, place), (other, same_place) in zip(again, rows[i:], strict=True):
+            assert np.array_equal(one["input_ids"], other["input_ids"])
+            assert place == same_place
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -387,7 +390,7 @@ def test_uploads_as_it_goes_and_keeps_the_manifest(tmp_path):
     writer = ShardWriter(folder, str(remote), manifest)
     assert isinstance(writer.mds, MDSWriter)
     for i in range(100):
-        writer.write(np.arange(8, dtype=np.uint16), np.array([8]), Position(i, 0, i))
+        writer.write_all([({"input_ids": np.arange(8), "lengths": np.array([8])}, Position(i, 0, i))])
     writer.finish(Position(100, 0, 100), skipped=0)
     assert {p.name for p in remote.iterdir()} == {"index.json", "manifest.json", "shard.00000.mds"}
     assert [p.name for p in folder.iterdir()] == ["manifest.json"]
