@@ -17,6 +17,7 @@ USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value �
        cheaper convert [recipe.yaml] [data=…] [key=value …] [--processes N] [--only STREAM …]
        cheaper cache-teacher [recipe.yaml] training.teacher_model=… training.teacher_cache=FOLDER [key=value …]
                        [--k 50] [--kind top_k|sampled] [--precision compact|fp32] [--only STREAM …]
+       cheaper inspect FOLDER --tokenizer TOKENIZER [--first N] [--rows N]
        cheaper sample"""
 
 
@@ -28,6 +29,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "pipeline": pipeline,
         "convert": convert,
         "cache-teacher": cache_teacher,
+        "inspect": inspect,
         "sample": sample,
     }
     if verb in ("-h", "--help"):
@@ -74,7 +76,7 @@ def pipeline(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="cheaper pipeline")
     parser.add_argument("--from", dest="first", metavar="STAGE", help="begin here")
     parser.add_argument("--until", metavar="STAGE", help="end here")
-    parser.add_argument("--launcher", help='such as "torchrun --nproc_per_node=8"; composer by default')
+    parser.add_argument("--launcher", help='such as "torchrun --nproc_per_node=8"; by default all GPUs of this machine')
     parser.add_argument("--dry-run", action="store_true", help="only print the commands and the states")
     options, rest = parser.parse_known_args(args)
     from cheaper.pipeline import command, default_launcher, load_pipeline, run_pipeline, selected, table
@@ -122,6 +124,23 @@ def cache_teacher(args: list[str]) -> int:
     training.join_processes()
     record = TeacherRecord(options.kind, options.k, options.precision)
     cache_teacher.cache_teacher(config, record, options.only)
+    return 0
+
+
+def inspect(args: list[str]) -> int:
+    """Prints rows of shards as text: where documents end, and what has loss."""
+    parser = argparse.ArgumentParser(prog="cheaper inspect")
+    parser.add_argument("folder", type=Path, help="shards of one stream")
+    parser.add_argument("--tokenizer", required=True, help="folder, hub id or tiktoken .model file")
+    parser.add_argument("--first", type=int, default=0, help="number of the first row")
+    parser.add_argument("--rows", type=int, default=3, help="how many")
+    options = parser.parse_args(args)
+    from cheaper.data.inspect import inspect_rows
+    from cheaper.data.tokenize import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer)
+    for text in inspect_rows(options.folder, tokenizer, options.first, options.rows, sys.stdout.isatty()):
+        print(text)
     return 0
 
 

@@ -24,6 +24,7 @@ from cheaper.callbacks.recipe_metrics import RecipeMetrics
 from cheaper.callbacks.run_summary import RunSummary
 from cheaper.callbacks.samples import Samples
 from cheaper.config import DataConfig, RunConfig, StageConfig, parse_count, parse_warmup
+from cheaper.data.chat import ChatTemplate
 from cheaper.data.manifest import Manifest
 from cheaper.data.shared_memory import remove_stale_shared_memory
 from cheaper.data.streams import (
@@ -227,7 +228,9 @@ def build_callbacks(
     config: RunConfig, model: CausalLM, tokenizer: Tokenizer, clipping: GradientClipping, peak_flops: float
 ) -> list[Callback]:
     """What observes the run. The checkpointer is last: what the others remember must be in the checkpoint."""
-    training, folder = config.training, Path(config.training.checkpoint_dir)
+    training, data, folder = config.training, config.data, Path(config.training.checkpoint_dir)
+    chats = training.samples.chats
+    template = ChatTemplate.load(data.chat_template, data.tokenizer, tokenizer) if chats else None
     return [
         RecipeMetrics(
             streams=mixed_streams(config.data),
@@ -237,7 +240,7 @@ def build_callbacks(
             clipping=clipping,
             price_per_gpu_hour=config.logging.price_per_gpu_hour,
         ),
-        Samples(folder / "samples.jsonl", training.samples, tokenizer, training.checkpoint_interval),
+        Samples(folder / "samples.jsonl", training.samples, tokenizer, template, training.checkpoint_interval),
         checkpoints.Checkpointer(
             folder, training.checkpoint_interval, training.keep_checkpoints, model.model, tokenizer.vocabulary
         ),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The recipe at the scale of a laptop: raw text, shards, phase 1, phase 2. Every line is a command to try yourself.
+# The recipe at the scale of a laptop: raw text, shards, all five stages. Every line is a command to try yourself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -8,27 +8,27 @@ run() {
     "$@"
 }
 
-train() { # a run that was interrupted goes on; one that has finished says so
-    local resume=()
-    compgen -G "runs/$1/step-*.pt" >/dev/null && resume=(training.resume=true)
-    run python scripts/train.py "yamls/${1//-/_}.yaml" "${resume[@]}"
-}
-
 [ -d data/sample/tokenizer ] || run cheaper sample
-run cheaper convert yamls/quickstart_phase1.yaml
-train quickstart-phase1
-train quickstart-phase2
+for recipe in phase1 general_sft reasoning_sft; do
+    run cheaper convert yamls/quickstart/$recipe.yaml
+done
+run cheaper pipeline yamls/quickstart/pipeline.yaml # goes on where it was interrupted
+run python scripts/quickstart_figures.py
+run cheaper report runs/quickstart-*
 
 cat <<'NEXT'
 
 What you have now
-  data/sample/mds-256          the corpus as MDS shards, one folder per stream
-  runs/quickstart-phase1       run.yaml, checkpoints, metrics.jsonl, samples.jsonl, summary.json
-  runs/quickstart-phase2       the same, started from the weights of phase 1
+  data/sample                        the corpus, its tokenizer, and MDS shards, one folder per stream
+  runs/quickstart-<stage>            run.yaml, checkpoints, metrics.jsonl, samples.jsonl, summary.json
+  report.html                        curves, mixtures and samples of all runs; open it in a browser
 
 What to do next
-  tail -n 3 runs/quickstart-phase2/samples.jsonl                      what the model writes
-  python scripts/train.py yamls/quickstart_phase1.yaml --dry-run      the whole run, resolved and checked
-  python scripts/train.py yamls/quickstart_phase2.yaml training.stage.learning_rate=1e-3 run_name=mine
-  cheaper convert data=pretrain_phase1_mix                            the published mixture (needs the hub)
+  tail -n 1 runs/quickstart-reasoning-sft/samples.jsonl                       what the model answers
+  cheaper inspect data/sample/chats-256/chats --tokenizer data/sample/tokenizer
+                                                                              packed rows, loss in green
+  cheaper pipeline yamls/quickstart/pipeline.yaml --dry-run                   the stages, their commands and states
+  python scripts/train.py yamls/quickstart/midtrain.yaml training.distillation.kd_alpha=0.5 \
+      training.checkpoint_path=runs/quickstart-phase2 run_name=mine           a variation of a stage
+  cheaper pipeline model=mobilellm_140m --dry-run                             the real thing
 NEXT

@@ -28,9 +28,14 @@ def test_a_recipe_equals_its_groups():
     assert load_config([str(yaml_dir() / "pretrain_phase1.yaml")]) == load_config(PHASE1)
 
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in yaml_dir().glob("*.yaml")))
+RECIPES = sorted([*yaml_dir().glob("*.yaml"), *yaml_dir().glob("quickstart/*.yaml")])
+
+
+@pytest.mark.parametrize(
+    "recipe", [path for path in RECIPES if path.name != "pipeline.yaml"], ids=lambda path: path.stem
+)
 def test_every_recipe_composes(recipe):
-    config = load_config([str(yaml_dir() / recipe)])
+    config = load_config([str(recipe)])
     assert yaml.safe_load(to_yaml(config))["model"]["name"] == config.model.name
 
 
@@ -55,6 +60,46 @@ def test_published_mixtures(phase):
     config = load_config([str(yaml_dir() / f"pretrain_phase{phase}.yaml")])
     expected = {name: shares[phase - 1] for name, shares in published.items() if shares[phase - 1] is not None}
     assert {name: stream.proportion for name, stream in config.data.streams.items()} == expected
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_published_mixtures_of_mid_training(phase):
+    published = {
+        "dclm": (37.03, 6.51),
+        "flan": (4.10, 0.72),
+        "pes2o": (11.41, 2.01),
+        "wiki": (2.66, 0.47),
+        "stackexchange": (2.12, 2.00),
+        "math": (11.63, 29.10),
+        "nemotron_code": (20.69, 29.10),
+        "nemotron_math": (3.45, 19.40),
+        "starcoder": (6.90, 9.70),
+    }
+    data = "midtrain_mix" if phase == 1 else "midtrain_phase2_mix"
+    streams = load_config(["model=mobilellm_950m", "training=midtrain", f"data={data}"]).data.streams
+    for name, shares in published.items():
+        assert streams[name].proportion == shares[phase - 1]
+    benchmarks = [stream.proportion for name, stream in streams.items() if name not in published]
+    assert len(benchmarks) == (0 if phase == 1 else 8)
+    assert sum(benchmarks) == pytest.approx(0 if phase == 1 else 0.97)
+
+
+def test_the_later_stages_have_the_values_of_the_specification():
+    stages = {}
+    for stage in ("midtrain", "posttrain_general_sft", "posttrain_reasoning_sft"):
+        training = stages[stage] = load_config([str(yaml_dir() / f"{stage}.yaml")]).training
+        assert (training.stage.beta1, training.stage.beta2, training.stage.final_lr_fraction) == (0.9, 0.95, 0)
+    middle, general, reasoning = stages.values()
+    assert (middle.stage.tokens, middle.stage.learning_rate, middle.stage.warmup) == ("100B", 3.6e-4, "0")
+    assert (middle.stage.batch_size_per_gpu, middle.stage.sequence_length, middle.stage.weight_decay) == (4, 4096, 0.1)
+    assert (middle.distillation.kd_alpha, middle.distillation.temperature) == (1.0, 1.0)
+    assert middle.targets == ["train/kd_loss < 2.0", "train/teacher_agreement > 0.60", "train/accuracy > 0.45"]
+    assert (general.stage.epochs, general.stage.learning_rate, general.stage.warmup) == (2, 5e-6, "3%")
+    assert (general.stage.batch_size_per_gpu, general.stage.sequence_length, general.stage.weight_decay) == (4, 4096, 0)
+    assert (reasoning.stage.epochs, reasoning.stage.learning_rate, reasoning.stage.warmup) == (3, 1e-5, "10%")
+    assert (reasoning.stage.batch_size_per_gpu, reasoning.stage.sequence_length) == (8, 32768)
+    assert reasoning.long_context.enabled
+    assert (reasoning.long_context.rope_theta_factor, reasoning.long_context.max_position_embeddings) == (8, 32768)
 
 
 def test_overrides_of_the_specification():
@@ -146,7 +191,7 @@ def test_a_mixture_of_zeros_is_refused():
 
 
 def test_a_missing_group_names_the_choices():
-    with pytest.raises(UserError, match=r"no training is chosen: add training=…, one of pretrain_phase1"):
+    with pytest.raises(UserError, match=r"no training is chosen: add training=…, one of midtrain, "):
         load_config(["model=tiny", "data=sample"])
 
 

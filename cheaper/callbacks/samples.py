@@ -11,22 +11,38 @@ from composer.utils import dist
 
 from cheaper.callbacks.metrics_file import keep_until
 from cheaper.config import SamplesConfig
+from cheaper.data.chat import ChatTemplate
 from cheaper.data.tokenize import Tokenizer
 from cheaper.generation import greedy
 
 
 class Samples(Callback):
-    """Continues the prompts greedily and appends ``{"step", "prompt", "continuation"}`` to ``path``.
+    """Continues the prompts and answers the chats greedily; a line ``{"step", "prompt", "continuation"}`` each.
 
     Args:
         path: A JSONL file.
-        samples: The prompts and the length of the continuations.
+        samples: The prompts, the chats and the length of the continuations.
         tokenizer: The run's tokenizer.
+        template: For the chats.
         interval: Steps between two rounds.
     """
 
-    def __init__(self, path: Path, samples: SamplesConfig, tokenizer: Tokenizer, interval: int):
-        self.path, self.samples, self.tokenizer, self.interval = path, samples, tokenizer, interval
+    def __init__(
+        self, path: Path, samples: SamplesConfig, tokenizer: Tokenizer, template: ChatTemplate | None, interval: int
+    ):
+        self.path, self.max_new_tokens, self.tokenizer, self.interval = (
+            path,
+            samples.max_new_tokens,
+            tokenizer,
+            interval,
+        )
+        start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self.prompts = [(text, start + tokenizer.encode(text).tolist()) for text in samples.prompts]
+        self.stop_ids = [tokenizer.eos_id]
+        if template:
+            asked = [(text, [{"role": "user", "content": text}]) for text in samples.chats]
+            self.prompts += [(text, template.prompt(messages).tolist()) for text, messages in asked]
+            self.stop_ids.append(template.end_of_turn_id)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
@@ -34,20 +50,13 @@ class Samples(Callback):
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
-        if step % self.interval and state.timestamp < state.max_duration:
+        if not self.prompts or (step % self.interval and state.timestamp < state.max_duration):
             return
-        lines = []
-        for prompt in self.samples.prompts:
-            # Every rank takes part: a sharded model has no whole weights on one of them.
-            text = self._continue(state, prompt)
-            lines.append(json.dumps({"step": step, "prompt": prompt, "continuation": text}) + "\n")
+        decoder = getattr(state.model, "module", state.model).model  # inside DDP's wrapper, if there is one
+        # Every rank takes part: a sharded model has no whole weights on one of them.
+        answers = greedy(decoder, [ids for _, ids in self.prompts], self.max_new_tokens, self.stop_ids)
         if dist.get_global_rank() == 0:
             with open(self.path, "a") as file:
-                file.writelines(lines)
-
-    def _continue(self, state: State, prompt: str) -> str:
-        decoder = getattr(state.model, "module", state.model).model  # inside DDP's wrapper, if there is one
-        start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        ids = start + self.tokenizer.encode(prompt).tolist()
-        new = greedy(decoder, ids, self.samples.max_new_tokens, stop_id=self.tokenizer.eos_id)
-        return self.tokenizer.decode(new)
+                for (prompt, _), answer in zip(self.prompts, answers, strict=True):
+                    line = {"step": step, "prompt": prompt, "continuation": self.tokenizer.decode(answer)}
+                    file.write(json.dumps(line) + "\n")

@@ -82,6 +82,53 @@ def open_code_reasoning(row: Row, questions: Questions) -> Chat:
     return one_turn(row, "question", "r1_generation")
 
 
+# ---- training sets of benchmarks, as a question and its answer
+
+
+def _answered(question: str, answer: Any) -> str:
+    if not isinstance(answer, str):
+        raise UnusableRow(f"the answer is {type(answer).__name__}, expected text")
+    return f"Question: {question}\nAnswer: {answer}"
+
+
+def gsm8k(row: Row) -> str:
+    """``openai/gsm8k``."""
+    return _answered(column(row, "question"), column(row, "answer"))
+
+
+def multiple_choice(row: Row, question: str) -> str:
+    """``allenai/ai2_arc`` and ``allenai/openbookqa``: the choice that ``answerKey`` names."""
+    choices = row.get("choices")
+    if not isinstance(choices, Mapping) or row.get("answerKey") not in choices.get("label", ()):
+        raise UnusableRow("answerKey names none of the choices")
+    return _answered(column(row, question), choices["text"][list(choices["label"]).index(row["answerKey"])])
+
+
+def boolq(row: Row) -> str:
+    """``google/boolq``: a passage, and a question that is answered with yes or no."""
+    if not isinstance(row.get("answer"), bool):
+        raise UnusableRow("column answer holds neither true nor false")
+    question = f"{column(row, 'question')}?"
+    return f"{column(row, 'passage')}\n\n{_answered(question, 'yes' if row['answer'] else 'no')}"
+
+
+def piqa(row: Row) -> str:
+    """``ybisk/piqa``: a goal and the better of two ways to it."""
+    if row.get("label") not in (0, 1):
+        raise UnusableRow("column label is neither 0 nor 1")
+    return _answered(column(row, "goal"), column(row, ("sol1", "sol2")[row["label"]]))
+
+
+def trivia_qa(row: Row) -> str:
+    """``mandarjoshi/trivia_qa``."""
+    return _answered(column(row, "question"), (row.get("answer") or {}).get("value"))
+
+
+def natural_questions(row: Row) -> str:
+    """``google-research-datasets/nq_open``: the first of the answers."""
+    return _answered(f"{column(row, 'question')}?", next(iter(row.get("answer") or ()), None))
+
+
 @dataclass(frozen=True)
 class Format:
     """How rows of one kind are read: ``format(row)`` is the document's text, or its chat where ``is_chat``."""
@@ -97,6 +144,13 @@ class Format:
 FORMATS: dict[str, Format] = {
     "natural_reasoning": Format(natural_reasoning),
     "nemotron_post_training": Format(nemotron_post_training),
+    "gsm8k": Format(gsm8k),
+    "arc": Format(functools.partial(multiple_choice, question="question")),
+    "openbookqa": Format(functools.partial(multiple_choice, question="question_stem")),
+    "boolq": Format(boolq),
+    "piqa": Format(piqa),
+    "trivia_qa": Format(trivia_qa),
+    "natural_questions": Format(natural_questions),
     "messages": Format(messages, is_chat=True),
     "prompt_response": Format(functools.partial(one_turn, question="prompt", answer="response"), is_chat=True),
     "nemotron_chat": Format(nemotron_chat, is_chat=True),

@@ -1,8 +1,10 @@
 """A small corpus made of what every machine with Python has, and a tokenizer trained on it.
 
-``code``: the sources of Python's standard library. ``english``: Python's documentation topics and the docstrings of its
+``code``: sources of Python's standard library. ``english``: Python's documentation topics and the docstrings of its
 library. Both are © Python Software Foundation and contributors, PSF License 2.0; they are read from the running
-interpreter and not shipped. ``math``: arithmetic with worked steps, generated here from a seed.
+interpreter and not shipped. ``math``: arithmetic with worked steps, generated here from a seed, see
+``cheaper.data.arithmetic``; ``chats`` and ``long_chats`` are such questions, of one step and of two, as conversations.
+Beside each lies ``held_out_…``, what no training sees.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from cheaper.data.arithmetic import Problem, long_problem, problem
 
 VOCAB_SIZE = 4096
 SPECIAL_TOKENS = [
@@ -29,7 +34,8 @@ SPECIAL_TOKENS = [
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 MAX_SOURCE_BYTES = 12_000_000
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
-MATH_PROBLEMS = 40_000
+PROBLEMS = 20_000
+HELD_OUT = 200  # documents of each kind
 
 
 def write_sample(folder: Path, seed: int = 17) -> dict[str, int]:
@@ -39,18 +45,49 @@ def write_sample(folder: Path, seed: int = 17) -> dict[str, int]:
         Documents per stream.
     """
     (folder / "raw").mkdir(parents=True, exist_ok=True)
-    sources = list(_sources())
-    corpora = {
-        "code": sources,
-        "english": [*topics.values(), *_docstrings(sources)],
-        "math": [_problem(random.Random(f"{seed}-{i}")) for i in range(MATH_PROBLEMS)],
+    sources, rng = list(_sources()), random.Random(seed)
+    english = [*topics.values(), *_docstrings(sources)]
+    rng.shuffle(sources)
+    rng.shuffle(english)
+    held_out = [problem(rng, held_out=True) for _ in range(HELD_OUT)]
+    long_held_out = [long_problem(rng, held_out=True) for _ in range(HELD_OUT)]
+    texts = {
+        "code": sources[5 : len(sources) // 3],  # as much as english and math
+        "english": english[HELD_OUT:],
+        "math": [_as_text(problem(rng)) for _ in range(PROBLEMS)],
+        "held_out_code": sources[:5],
+        "held_out_english": english[:HELD_OUT],
+        "held_out_math": [_as_text(problem) for problem in held_out],
     }
-    for name, texts in corpora.items():
+    chats = {
+        "chats": [problem(rng) for _ in range(PROBLEMS)],
+        "long_chats": [long_problem(rng) for _ in range(PROBLEMS)],
+        "held_out_chats": held_out,
+        "held_out_long_chats": long_held_out,
+    }
+    rows = {name: [{"text": text} for text in documents] for name, documents in texts.items()}
+    rows |= {name: [_as_chat(problem) for problem in problems] for name, problems in chats.items()}
+    for name, documents in rows.items():
         with open(folder / "raw" / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+            file.writelines(json.dumps(row) + "\n" for row in documents)
     # A part of each corpus is enough to learn its words from.
-    _train_tokenizer((text for texts in corpora.values() for text in texts[:4000]), folder / "tokenizer")
-    return {name: len(texts) for name, texts in corpora.items()}
+    learned_from = (text for name in ("code", "english", "math") for text in texts[name][:4000])
+    _train_tokenizer(learned_from, folder / "tokenizer")
+    return {name: len(documents) for name, documents in rows.items()}
+
+
+def _as_text(problem: Problem) -> str:
+    return f"Question: {problem.question}\nAnswer: {problem.worked}\n"
+
+
+def _as_chat(problem: Problem) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": problem.question},
+            {"role": "assistant", "content": problem.worked},
+        ],
+        "answer": problem.answer,
+    }
 
 
 def _sources() -> Iterator[str]:
@@ -79,33 +116,6 @@ def _docstrings(sources: Iterable[str]) -> Iterator[str]:
         for node in ast.walk(tree):
             if isinstance(node, documented) and len(text := ast.get_docstring(node) or "") >= 200:
                 yield text
-
-
-def _problem(rng: random.Random) -> str:
-    """One question, its worked steps and its answer."""
-    kind = rng.choice(["sum", "difference", "product", "two_steps"])
-    name, thing = (
-        rng.choice(["Ana", "Ben", "Chi", "Dev", "Eva", "Finn"]),
-        rng.choice(["apples", "books", "coins", "pens"]),
-    )
-    a, b, c = rng.randint(2, 99), rng.randint(2, 99), rng.randint(2, 9)
-    if kind == "sum":
-        question = f"{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have?"
-        steps, answer = f"{name} has {a} + {b} = {a + b} {thing}.", a + b
-    elif kind == "difference":
-        a, b = max(a, b), min(a, b)
-        question = f"{name} has {a} {thing} and gives away {b}. How many {thing} are left?"
-        steps, answer = f"There are {a} - {b} = {a - b} {thing} left.", a - b
-    elif kind == "product":
-        question = f"{name} buys {c} boxes with {b} {thing} each. How many {thing} is that?"
-        tens, ones = b // 10 * 10, b % 10
-        steps = f"{c} * {tens} = {c * tens} and {c} * {ones} = {c * ones}. Together {c * tens} + {c * ones} = {c * b}."
-        answer = c * b
-    else:
-        question = f"{name} has {a} {thing}, gets {b} more and then gives away {c}. How many {thing} are left?"
-        steps = f"First {a} + {b} = {a + b}. Then {a + b} - {c} = {a + b - c}."
-        answer = a + b - c
-    return f"Question: {question}\nAnswer: {steps} The answer is {answer}.\n"
 
 
 def _train_tokenizer(texts: Iterable[str], folder: Path) -> None:
