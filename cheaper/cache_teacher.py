@@ -26,7 +26,7 @@ from cheaper.data.manifest import MANIFEST, Manifest, TeacherRecord
 from cheaper.data.streams import MixedTokenDataset, check_shards, collate, location, mixed_streams, within_documents
 from cheaper.data.teacher_cache import KeptRow, encode_row
 from cheaper.data.tokenize import load_tokenizer
-from cheaper.errors import UserError
+from cheaper.errors import UserError, did_you_mean
 from cheaper.losses.chunked import CHUNK_BYTES
 from cheaper.losses.distillation import SparseTeacher
 from cheaper.models.teacher import Teacher, check_teacher, load_teacher
@@ -49,6 +49,11 @@ def cache_teacher(config: RunConfig, record: TeacherRecord, only: list[str] | No
     if not training.teacher_model or not training.teacher_cache or "://" in training.teacher_cache:
         given = f"training.teacher_model={training.teacher_model}, training.teacher_cache={training.teacher_cache}"
         raise UserError(f"cheaper cache-teacher has {given}: expected a teacher and a folder on this machine")
+    if not 1 <= record.k <= 65_535:  # how often a word was drawn is kept in 16 bits
+        raise UserError(f"cheaper cache-teacher --k {record.k}: expected 1 to 65535 words")
+    for name in only or ():
+        if name not in mixed_streams(data):
+            raise UserError(f"--only {name}: no such stream in {data.name}{did_you_mean(name, mixed_streams(data))}")
     tokenizer, names = load_tokenizer(data.tokenizer, data.trust_remote_code), only or mixed_streams(data)
     manifests = check_shards(data, names, training.stage.sequence_length, config.model.vocab_size, tokenizer)
     path = check_teacher(training.teacher_model, tokenizer)
@@ -128,7 +133,7 @@ def _cache_stream(name: str, config: RunConfig, tokens: Manifest, teacher: Teach
     rows = sum(len(part) for part in mine)
     with tqdm(desc=name, total=rows * tokens.tokens // tokens.rows, unit="tok", unit_scale=True) as bar:
         for part in mine:
-            _write_part(folder, part, _kept_rows(part, dataset, config, teacher, record, bar), record)
+            _write_part(folder, part, _kept_rows(part, dataset, config, teacher, record, bar))
     dist.barrier()
     if dist.get_global_rank() == 0:
         _finish(folder, parts, manifest)
@@ -191,7 +196,7 @@ def _keep(
     return KeptRow(*(None if values[0] is None else torch.cat(values).cpu().numpy() for values in fields))
 
 
-def _write_part(folder: Path, part: range, rows: Iterator[dict[str, Any]], record: TeacherRecord) -> None:
+def _write_part(folder: Path, part: range, rows: Iterator[dict[str, Any]]) -> None:
     work = folder / f".{_name(part)}"
     shutil.rmtree(work, ignore_errors=True)
     writer = None

@@ -14,18 +14,16 @@ for recipe in phase1 general_sft reasoning_sft; do
 done
 run cheaper pipeline yamls/quickstart/pipeline.yaml # goes on where it was interrupted
 run python scripts/quickstart_figures.py
-run cheaper report runs/quickstart-*
 
 cat <<'NEXT'
 
 What you have now
   data/sample                        the corpus, its tokenizer, and MDS shards, one folder per stream
   runs/quickstart-<stage>            run.yaml, checkpoints, metrics.jsonl, samples.jsonl, summary.json
-  report.html                        curves, mixtures and samples of all runs; open it in a browser
 
 What to do next
   tail -n 1 runs/quickstart-reasoning-sft/samples.jsonl                       what the model answers
-  cheaper inspect data/sample/chats-256/chats --tokenizer data/sample/tokenizer
+  cheaper inspect data/sample/chats-128/chats --tokenizer data/sample/tokenizer
                                                                               packed rows, loss in green
   cheaper pipeline yamls/quickstart/pipeline.yaml --dry-run                   the stages, their commands and states
   python scripts/train.py yamls/quickstart/midtrain.yaml training.distillation.kd_alpha=0.5 \

@@ -34,7 +34,7 @@ def answered(stage: str, kind: str) -> float:
 
 
 if __name__ == "__main__":
-    print(f"\n{'stage':<18}{'one step':>10}{'two steps':>11}   held-out loss")
+    print(f"\n{'stage':<18}{'3 numbers':>10}{'5 numbers':>11}   held-out loss")
     for stage in STAGES:
         chats = stage in ("midtrain", "general-sft", "reasoning-sft")
         shares = [f"{answered(stage, kind):.0%}" if chats else "" for kind in ("chats", "long_chats")]

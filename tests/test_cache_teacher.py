@@ -187,4 +187,8 @@ def test_caches_that_do_not_fit_are_refused(corpus: Corpus, teacher, tmp_path, c
     assert "finished before" in capsys.readouterr().out
     assert cli.main(["cache-teacher", *corpus.arguments(tmp_path / "run", given[0])]) == 2
     assert "expected a teacher and a folder on this machine" in capsys.readouterr().err
+    assert cli.main(["cache-teacher", *arguments, "--k", "0"]) == 2
+    assert "--k 0: expected 1 to 65535 words" in capsys.readouterr().err
+    assert cli.main(["cache-teacher", *arguments, "--only", "aa"]) == 2
+    assert "--only aa: no such stream in small; did you mean a?" in capsys.readouterr().err
     assert json.loads((tmp_path / "cache" / "a" / "manifest.json").read_text())["teacher"]["k"] == 4

@@ -3,7 +3,7 @@
 ``code``: sources of Python's standard library. ``english``: Python's documentation topics and the docstrings of its
 library. Both are © Python Software Foundation and contributors, PSF License 2.0; they are read from the running
 interpreter and not shipped. ``math``: arithmetic with worked steps, generated here from a seed, see
-``cheaper.data.arithmetic``; ``chats`` and ``long_chats`` are such questions, of one step and of two, as conversations.
+``cheaper.data.arithmetic``; ``chats`` and ``long_chats`` are such questions, short and long, as conversations.
 Beside each lies ``held_out_…``, what no training sees.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from cheaper.data.arithmetic import Problem, long_problem, problem
+from cheaper.data.arithmetic import Problem, problem
 
 VOCAB_SIZE = 4096
 SPECIAL_TOKENS = [
@@ -35,6 +35,7 @@ SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s
 MAX_SOURCE_BYTES = 12_000_000
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
 PROBLEMS = 20_000
+SHORT, LONG = 3, 5  # numbers in a question
 HELD_OUT = 200  # documents of each kind
 
 
@@ -49,19 +50,19 @@ def write_sample(folder: Path, seed: int = 17) -> dict[str, int]:
     english = [*topics.values(), *_docstrings(sources)]
     rng.shuffle(sources)
     rng.shuffle(english)
-    held_out = [problem(rng, held_out=True) for _ in range(HELD_OUT)]
-    long_held_out = [long_problem(rng, held_out=True) for _ in range(HELD_OUT)]
+    held_out = [problem(rng, SHORT, held_out=True) for _ in range(HELD_OUT)]
+    long_held_out = [problem(rng, LONG, held_out=True) for _ in range(HELD_OUT)]
     texts = {
         "code": sources[5 : len(sources) // 3],  # as much as english and math
         "english": english[HELD_OUT:],
-        "math": [_as_text(problem(rng)) for _ in range(PROBLEMS)],
+        "math": [_as_text(problem(rng, SHORT)) for _ in range(PROBLEMS)],
         "held_out_code": sources[:5],
         "held_out_english": english[:HELD_OUT],
         "held_out_math": [_as_text(problem) for problem in held_out],
     }
     chats = {
-        "chats": [problem(rng) for _ in range(PROBLEMS)],
-        "long_chats": [long_problem(rng) for _ in range(PROBLEMS)],
+        "chats": [problem(rng, SHORT) for _ in range(PROBLEMS)],
+        "long_chats": [problem(rng, LONG) for _ in range(PROBLEMS)],
         "held_out_chats": held_out,
         "held_out_long_chats": long_held_out,
     }
