@@ -38,14 +38,14 @@ logging: {interval: 1}
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
-    """Conversations of up to 4,000 tokens in which the assistant repeats the question, packed into rows of 32,768."""
+    """Conversations of up to 700 tokens in which the assistant repeats the question, packed into rows of 32,768."""
     folder = tmp_path_factory.mktemp("sft")
     train_tokenizer(folder / "tokenizer", [" ".join(WORDS)] * 5)
     (folder / "tokenizer" / "chat_template.jinja").write_text(TEMPLATE)
     rng = random.Random(0)
     rows = []
-    for _ in range(120):
-        text = " ".join(rng.choices(WORDS, k=rng.randint(50, 700)))
+    for _ in range(500):
+        text = " ".join(rng.choices(WORDS, k=rng.randint(20, 160)))
         rows.append({"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]})
     (folder / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "data").mkdir()
@@ -56,7 +56,7 @@ def recipe(tmp_path_factory) -> Path:
     (folder / "recipe.yaml").write_text(RECIPE)
     config = load_config([str(folder / "recipe.yaml")])
     manifest = convert_mixture(config.data, 32768, processes=1)["s"]
-    assert manifest.rows < 12
+    assert 3 <= manifest.rows <= 6
     return folder / "recipe.yaml"
 
 
@@ -66,11 +66,11 @@ def test_the_packed_32k_stage_resumes_bit_for_bit(recipe, tmp_path):
 
     finish(start(arguments("whole")))
     victim = start(arguments("killed"))
-    wait_for_step(tmp_path / "killed", 5, victim)
+    wait_for_step(tmp_path / "killed", 4, victim)
     kill(victim)
     finish(start([*arguments("killed"), "training.resume=true"]))
     first, second = (read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "killed"))
-    assert len(first) == len(second) > 8
+    assert len(first) == len(second) >= 6
     assert [record["train/loss"] for record in first] == [record["train/loss"] for record in second]
     assert_same_runs(tmp_path / "whole", tmp_path / "killed", processes=1)
     assert first[-1]["train/loss"] < first[0]["train/loss"]
