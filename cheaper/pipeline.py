@@ -51,7 +51,7 @@ class Stage:
         """In words."""
         if self.finished:
             summary = json.loads((self.folder / "summary.json").read_text())
-            missed = sum(not target["met"] for target in summary["targets"])
+            missed = sum(not target["met"] for target in summary.get("targets", ()))
             missing = f", {missed} targets missed" if missed else ""
             return f"finished, {summary['tokens']:,} tokens, loss {summary['loss']}{missing}"
         return f"interrupted at {self.checkpoint.stem}" if self.checkpoint else "not started"

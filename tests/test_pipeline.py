@@ -120,7 +120,8 @@ def test_mistakes_in_any_stage_are_told_before_the_first_runs(three, capsys, cha
     assert message in capsys.readouterr().err
 
 
-def test_the_shipped_pipelines_compose(capsys):
+def test_the_shipped_pipelines_compose(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for path in ("yamls/pipeline.yaml", "yamls/quickstart/pipeline.yaml"):
         assert cli.main(["pipeline", str(REPOSITORY / path), "--dry-run"]) == 0
     assert capsys.readouterr().out.count("$ ") == 5 + 7

@@ -273,6 +273,7 @@ def test_warm_up_and_length_follow_tokens_or_epochs():
 def test_shares_are_of_tokens_where_rows_have_other_lengths():
     data = load_config(["model=tiny", "training=pretrain_phase1", "data=sample"]).data
     data.streams.pop("code")
+    data.streams["english"].proportion, data.streams["math"].proportion = 50.0, 20.0
     found = {"english": SimpleNamespace(rows=100, tokens=5_000), "math": SimpleNamespace(rows=400, tokens=80_000)}
     assert shares(data, found) == {"english": 50 / 70, "math": 20 / 70}
     # 50 tokens of english for 20 of math are 1 row for 0.1 rows: 70 tokens in 1.1 rows.

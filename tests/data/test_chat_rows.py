@@ -149,7 +149,7 @@ RUN = """
 import sys
 from cheaper.config import DataConfig, SourceConfig, StreamConfig
 from cheaper.data import convert, rows
-convert.BATCH_BYTES, rows.WINDOW_TOKENS = 5_000, 3_000
+convert.BATCH_BYTES, rows.WINDOW_TOKENS = 20_000, 12_000
 folder, root = sys.argv[1:]
 stream = StreamConfig(source=SourceConfig(path=folder + "/raw.jsonl"), format="messages")
 data = DataConfig(name="m", root=root, tokenizer=folder + "/tokenizer", chat_template="tokenizer", packing=True)
@@ -168,8 +168,8 @@ def test_killed_conversions_of_packed_chats_go_on_to_the_same_shards(folder, tmp
 
     subprocess.run(command("whole"), check=True, capture_output=True)
     whole, killed = tmp_path / "whole" / "s", tmp_path / "killed" / "s"
-    assert len(list(whole.glob("*.mds"))) > 20
-    for count in (3, 11, 12):
+    assert len(list(whole.glob("*.mds"))) > 6
+    for count in (2, 5):
         victim = subprocess.Popen(command("killed"), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         while len(list(killed.glob("*.mds"))) < count:
             assert victim.poll() is None, victim.communicate()
