@@ -20,13 +20,14 @@ from composer.utils import dist, get_device
 from streaming import MDSWriter, Stream
 from tqdm import tqdm
 
-from cheaper.checkpoints import find_model, publish, write_atomically
+from cheaper.checkpoints import find_model
 from cheaper.config import RunConfig
 from cheaper.data.manifest import MANIFEST, Manifest, TeacherRecord
 from cheaper.data.streams import MixedTokenDataset, check_shards, collate, location, mixed_streams, within_documents
 from cheaper.data.teacher_cache import KeptRow, encode_row
 from cheaper.data.tokenize import load_tokenizer
 from cheaper.errors import UserError, did_you_mean
+from cheaper.files import publish, write_atomically
 from cheaper.losses.chunked import CHUNK_BYTES
 from cheaper.losses.distillation import SparseTeacher
 from cheaper.models.teacher import Teacher, check_teacher, load_teacher

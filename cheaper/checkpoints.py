@@ -26,6 +26,7 @@ from torch import nn
 
 from cheaper.config import ModelConfig, RopeScalingConfig
 from cheaper.errors import UserError
+from cheaper.files import publish
 from cheaper.models import hf
 from cheaper.models.decoder import Decoder
 
@@ -175,23 +176,6 @@ def check_shapes(decoder: nn.Module, weights: dict[str, torch.Tensor], source: s
             raise UserError(f"checkpoint {source}: {name} is {got}, expected {expected}; it is of another model")
     if extra := set(weights) - set(decoder.state_dict()):
         raise UserError(f"checkpoint {source}: has {sorted(extra)[0]}, which this model lacks; it is of another model")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes ``content`` so that ``path`` holds either the old bytes or the new ones, also after a crash."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    publish(partial, path)
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Flushes ``partial`` to the disk and gives it its final name in one step."""
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 class Stopped(Exception):  # noqa: N818  it is no error: the user asked for it

@@ -17,6 +17,7 @@ USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value �
        cheaper convert [recipe.yaml] [data=…] [key=value …] [--processes N] [--only STREAM …]
        cheaper cache-teacher [recipe.yaml] training.teacher_model=… training.teacher_cache=FOLDER [key=value …]
                        [--k 50] [--kind top_k|sampled] [--precision compact|fp32] [--only STREAM …]
+       cheaper report  RUN … [--output report.html] [--png]
        cheaper inspect FOLDER --tokenizer TOKENIZER [--first N] [--rows N]
        cheaper sample"""
 
@@ -29,6 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "pipeline": pipeline,
         "convert": convert,
         "cache-teacher": cache_teacher,
+        "report": report,
         "inspect": inspect,
         "sample": sample,
     }
@@ -124,6 +126,32 @@ def cache_teacher(args: list[str]) -> int:
     training.join_processes()
     record = TeacherRecord(options.kind, options.k, options.precision)
     cache_teacher.cache_teacher(config, record, options.only)
+    return 0
+
+
+def report(args: list[str]) -> int:
+    """Writes what runs did as one HTML file, several runs overlaid."""
+    parser = argparse.ArgumentParser(prog="cheaper report")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, such as runs/mine")
+    parser.add_argument("--output", type=Path, help="by default report.html in the run folder, or here for several")
+    parser.add_argument("--png", action="store_true", help="the curves as a picture too, beside it")
+    options = parser.parse_args(args)
+    from cheaper.report.page import write_page
+    from cheaper.report.runs import load_runs
+
+    runs = load_runs(options.runs)
+    output = options.output or (runs[0].folder if len(runs) == 1 else Path()) / "report.html"
+    if output.suffix != ".html":
+        raise UserError(f"--output {output}: expected a file that ends with .html")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: no such folder")
+    write_page(runs, output)
+    print(output)
+    if options.png:
+        from cheaper.report.picture import write_picture
+
+        write_picture(runs, output.with_suffix(".png"))
+        print(output.with_suffix(".png"))
     return 0
 
 

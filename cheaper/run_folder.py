@@ -10,10 +10,11 @@ from pathlib import Path
 
 import yaml
 
-from cheaper.checkpoints import newest_checkpoint, write_atomically
+from cheaper.checkpoints import newest_checkpoint
 from cheaper.compose import leaves, to_yaml
 from cheaper.config import RunConfig
 from cheaper.errors import UserError
+from cheaper.files import write_atomically
 
 
 def open_run_folder(config: RunConfig) -> Path | None:

@@ -38,6 +38,7 @@ from cheaper.data.streams import (
 )
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
 from cheaper.errors import UserError
+from cheaper.files import write_atomically
 from cheaper.models.composer_model import CausalLM
 from cheaper.models.teacher import check_teacher, load_teacher
 
@@ -60,13 +61,14 @@ def build_trainer(config: RunConfig) -> Trainer:
         weights = checkpoints.model_weights(checkpoints.safe_load(resume_from))
         checkpoints.check_shapes(model.model, weights, str(resume_from))
     peak = flops.peak_flops(get_device(None)._device, _dtype(config))
+    every = f"{config.training.eval_interval}ba" if config.training.eval_interval else "1dur"
     trainer = Trainer(
         model=model,
         train_dataloader=build_dataloader(
             token_shards(config), manifests, rows_per_device(stage), config.training.seed
         ),
         eval_dataloader=build_evaluators(config),
-        eval_interval=f"{config.training.eval_interval}ba" if config.training.eval_interval else "1dur",
+        eval_interval=every if config.data.held_out else 0,
         max_duration=f"{length.tokens}tok",
         optimizers=build_optimizer(model, stage),
         schedulers=build_scheduler(stage, length),
@@ -268,7 +270,7 @@ def build_wandb(config: RunConfig, folder: Path) -> WandBLogger:
     """Weights & Biases; a resumed run goes on in the same W&B run, whose id the folder keeps."""
     identity = folder / "wandb-id"
     if dist.get_global_rank() == 0 and not identity.exists():
-        checkpoints.write_atomically(identity, uuid.uuid4().hex.encode())
+        write_atomically(identity, uuid.uuid4().hex.encode())
     dist.barrier()
     return WandBLogger(
         project=config.logging.wandb.project,

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from cheaper import cache_teacher, cli
-from cheaper.callbacks.metrics_file import read_records
 from cheaper.checkpoints import model_weights, newest_checkpoint, safe_load
 from cheaper.data.manifest import Manifest, TeacherRecord
 from cheaper.data.teacher_cache import KeptRow, decode_row, encode_row
+from cheaper.files import read_records
 from cheaper.losses.distillation import SparseTeacher
 from tests.algorithms.test_knowledge_distillation import SHORT, WIDER
 from tests.conftest import REPOSITORY, Corpus, finish, kill, start

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from cheaper import cli
-from cheaper.callbacks.metrics_file import read_records
 from cheaper.compose import load_config
 from cheaper.data.convert import convert_mixture
+from cheaper.files import read_records
 from tests.conftest import Corpus, some_texts, write_jsonl
 
 

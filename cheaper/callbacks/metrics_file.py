@@ -10,7 +10,7 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
-from cheaper.checkpoints import write_atomically
+from cheaper.files import keep_until
 
 OWN = ("train/", "data/", "system/", "eval/", "time/hours_left", "cost/")
 
@@ -19,20 +19,6 @@ def own_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     """The metrics of this package among those that are logged; Composer puts ``metrics/`` before an evaluator's."""
     named = {name.removeprefix("metrics/"): value for name, value in metrics.items()}
     return {name: float(value) for name, value in named.items() if name.startswith(OWN)}
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, without a last line that a kill cut short."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
-
-
-def keep_until(path: Path, step: int) -> None:
-    """Drops the records after ``step``: a run that resumes there makes them again."""
-    kept = [record for record in read_records(path) if record["step"] <= step]
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 class MetricsFile(LoggerDestination):

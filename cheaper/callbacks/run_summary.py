@@ -13,8 +13,8 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, get_device
 
 from cheaper.callbacks.metrics_file import own_metrics
-from cheaper.checkpoints import write_atomically
 from cheaper.config import RunConfig, parse_target
+from cheaper.files import write_atomically
 from cheaper.losses.distillation import SUMS
 from cheaper.models.attention import kernel_name
 

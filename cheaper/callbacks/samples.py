@@ -9,10 +9,10 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from cheaper.callbacks.metrics_file import keep_until
 from cheaper.config import SamplesConfig
 from cheaper.data.chat import ChatTemplate
 from cheaper.data.tokenize import Tokenizer
+from cheaper.files import keep_until
 from cheaper.generation import greedy
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cheaper.callbacks.metrics_file import read_records
+from cheaper.files import read_records
 from tests.conftest import REPOSITORY
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cheaper.callbacks.metrics_file import read_records
 from cheaper.checkpoints import find_model, load_decoder
 from cheaper.compose import load_config
 from cheaper.data.convert import convert_mixture
 from cheaper.data.tokenize import load_tokenizer
+from cheaper.files import read_records
 from cheaper.models.decoder import Decoder
 from cheaper.training import build_train_data, check_data
 from tests.conftest import WORDS, finish, kill, start, train_tokenizer
