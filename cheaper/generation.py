@@ -7,6 +7,7 @@ from collections.abc import Container
 import torch
 
 from cheaper.models.decoder import Decoder
+from cheaper.models.kv_cache import KeyValueCache
 
 
 @torch.no_grad()
@@ -26,20 +27,21 @@ def greedy(
     """
     was_training = decoder.training
     decoder.eval()
-    device = next(decoder.parameters()).device
-    texts, going = [list(prompt) for prompt in prompts], list(range(len(prompts)))
+    device = decoder.output_weight.device
+    lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    rows = [torch.tensor(prompt, device=device) for prompt in prompts]
+    cache = KeyValueCache(len(decoder.blocks), lengths_B, int(lengths_B.max()) + max_new_tokens)
+    hidden_BTD = decoder.hidden(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), cache=cache)
+    hidden_BD = hidden_BTD[torch.arange(len(prompts), device=device), lengths_B - 1]
+    texts, going = [[] for _ in prompts], [True] * len(prompts)
     for _ in range(max_new_tokens):
-        if not going:
-            break
-        # Filled up on the right: what comes after a token does not change it.
-        ends = torch.tensor([len(texts[i]) - 1 for i in going], device=device)
-        rows = [torch.tensor(texts[i], device=device) for i in going]
-        hidden = decoder.hidden(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
-        logits = hidden[torch.arange(len(going), device=device), ends] @ decoder.output_weight.T
-        for i, token in zip(list(going), logits.argmax(-1).tolist(), strict=True):
-            if token in stop_ids:
-                going.remove(i)
-            else:
+        next_B = (hidden_BD @ decoder.output_weight.T).argmax(-1)
+        for i, token in enumerate(next_B.tolist()):
+            going[i] = going[i] and token not in stop_ids
+            if going[i]:
                 texts[i].append(token)
+        if not any(going):
+            break
+        hidden_BD = decoder.hidden(next_B[:, None], cache=cache)[:, 0]
     decoder.train(was_training)
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    return texts

@@ -39,24 +39,28 @@ def causal_attention(
     """
     flash = kernel_name(q_BTHE.device, q_BTHE.dtype, use_flash_attention) == "flash-attn"
     if document_lengths_BN is None:
-        return _flash(q_BTHE, k_BTKE, v_BTKE) if flash else _fused(q_BTHE, k_BTKE, v_BTKE)
+        return _flash(q_BTHE, k_BTKE, v_BTKE) if flash else fused_attention(q_BTHE, k_BTKE, v_BTKE)
     rows = [x.flatten(0, 1) for x in (q_BTHE, k_BTKE, v_BTKE)]
     if flash:
         return _flash_documents(*rows, document_lengths_BN, longest=q_BTHE.shape[1]).view_as(q_BTHE)
     # One call per document: memory and time grow with the documents' lengths squared, not with the row's.
     lengths = [length for length in document_lengths_BN.flatten().tolist() if length]
     documents = zip(*(x[None].split(lengths, dim=1) for x in rows), strict=True)
-    return torch.cat([_fused(*document) for document in documents], dim=1).view_as(q_BTHE)
+    return torch.cat([fused_attention(*document) for document in documents], dim=1).view_as(q_BTHE)
 
 
-def _fused(q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor) -> torch.Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+def fused_attention(
+    q_BTHE: torch.Tensor, k_BSKE: torch.Tensor, v_BSKE: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """PyTorch's fused attention; causal without a ``mask`` (bool, [B, 1, T, S] or less, true where a query looks)."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BSKE, v_BSKE))
     # PyTorch's fused kernels take one key head per query head, but for CUDA's half-precision ones; asked for groups,
     # the others give way to an unfused one.
     grouped = q.device.type == "cuda" and q.dtype in HALF
     if not grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+    causal = mask is None
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
 
 def _flash(q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor) -> torch.Tensor:

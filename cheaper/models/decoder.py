@@ -24,6 +24,7 @@ from cheaper.config import ModelConfig, RopeScalingConfig
 from cheaper.losses.chunked import IGNORED
 from cheaper.losses.cross_entropy import linear_cross_entropy
 from cheaper.models.attention import causal_attention
+from cheaper.models.kv_cache import KeyValueCache, LayerCache
 
 # From hidden states [N, D], the output matrix [V, D] and labels [N] to the loss and other figures, summed over targets.
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -115,12 +116,26 @@ class Decoder(nn.Module):
         loss_sum, sums = loss(predictors(hidden_BTD), self.output_weight, targets(labels_BT))
         return LossOutput(loss_sum, count_targets(labels_BT), sums)
 
-    def hidden(self, input_ids_BT: torch.Tensor, document_lengths_BN: torch.Tensor | None = None) -> torch.Tensor:
-        """Hidden states [B, T, D] after the last norm."""
+    def hidden(
+        self,
+        input_ids_BT: torch.Tensor,
+        document_lengths_BN: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [B, T, D] after the last norm.
+
+        Args:
+            input_ids_BT: int64 token ids.
+            document_lengths_BN: As for ``forward``.
+            cache: Where the tokens before these are kept, and these shall be.
+        """
         x_BTD = self.embedding(input_ids_BT)
-        rotation = rotary_rotation(row_positions(input_ids_BT, document_lengths_BN), self.config)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, rotation, document_lengths_BN)
+        positions = cache.places(input_ids_BT) if cache else row_positions(input_ids_BT, document_lengths_BN)
+        rotation = rotary_rotation(positions, self.config)
+        for block, layer in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks), strict=True):
+            x_BTD = block(x_BTD, rotation, document_lengths_BN, layer)
+        if cache:
+            cache.passed()
         return self.norm(x_BTD)
 
 
@@ -154,8 +169,9 @@ class Block(nn.Module):
         x_BTD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         document_lengths_BN: torch.Tensor | None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, document_lengths_BN)
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, document_lengths_BN, cache)
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
 
 
@@ -175,6 +191,7 @@ class Attention(nn.Module):
         x_BTD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
         document_lengths_BN: torch.Tensor | None,
+        cache: LayerCache | None = None,
     ) -> torch.Tensor:
         E = self.config.head_dim
         q_BTHE = rotate(self.wq(x_BTD).unflatten(-1, (-1, E)), rotation)
@@ -184,7 +201,11 @@ class Attention(nn.Module):
             q_BTHE = F.rms_norm(q_BTHE, (E,), eps=self.config.norm_eps)
             k_BTKE = F.rms_norm(k_BTKE, (E,), eps=self.config.norm_eps)
         q_BTHE, k_BTKE = q_BTHE.to(v_BTKE.dtype), k_BTKE.to(v_BTKE.dtype)
-        out_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, document_lengths_BN, self.config.use_flash_attention)
+        flash = self.config.use_flash_attention
+        if cache:
+            out_BTHE = cache.attention(q_BTHE, k_BTKE, v_BTKE, flash)
+        else:
+            out_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, document_lengths_BN, flash)
         return self.wo(out_BTHE.flatten(-2))
 
 

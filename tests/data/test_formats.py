@@ -52,6 +52,68 @@ CHATS = {
 }
 
 
+TEXTS = {
+    "gsm8k": ({"question": "1 + 1?", "answer": "1 + 1 = <<1+1=2>>2\n#### 2"}, "1 + 1?", "1 + 1 = <<1+1=2>>2\n#### 2"),
+    "arc": (
+        {
+            "id": "Mercury_SC_415702",
+            "question": "Which is warm?",
+            "choices": {"text": ["ice", "fire"], "label": ["A", "B"]},
+            "answerKey": "B",
+        },
+        "Which is warm?",
+        "fire",
+    ),
+    "openbookqa": (
+        {
+            "id": "7-980",
+            "question_stem": "The sun is",
+            "choices": {"text": ["a star", "a moon"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
+        "The sun is",
+        "a star",
+    ),
+    "piqa": ({"goal": "To boil", "sol1": "heat", "sol2": "cool", "label": 0}, "To boil", "heat"),
+    "trivia_qa": (
+        {"question": "Who?", "question_id": "tc_1", "answer": {"value": "He", "aliases": ["Him"]}},
+        "Who?",
+        "He",
+    ),
+    "natural_questions": ({"question": "who is it", "answer": ["she", "her"]}, "who is it?", "she"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_benchmarks_as_question_and_answer(name):
+    row, question, answer = TEXTS[name]
+    assert get_format(name, "text")(row) == f"Question: {question}\nAnswer: {answer}"
+    assert not get_format(name, "text").is_chat
+
+
+def test_boolq_puts_its_passage_first():
+    row = {"question": "is it wet", "answer": True, "passage": "Water is wet."}
+    assert get_format("boolq", "text")(row) == "Water is wet.\n\nQuestion: is it wet?\nAnswer: yes"
+    assert get_format("boolq", "text")({**row, "answer": False}).endswith("Answer: no")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "reason"),
+    [
+        ("arc", {**TEXTS["arc"][0], "answerKey": "C"}, "answerKey names none of the choices"),
+        ("arc", {**TEXTS["arc"][0], "choices": None}, "answerKey names none of the choices"),
+        ("piqa", {**TEXTS["piqa"][0], "label": -1}, "column label is neither 0 nor 1"),  # its test split
+        ("boolq", {"question": "q", "answer": "yes", "passage": "p"}, "column answer holds neither true nor false"),
+        ("trivia_qa", {"question": "Who?", "answer": None}, "the answer is NoneType, expected text"),
+        ("natural_questions", {"question": "who", "answer": []}, "the answer is NoneType, expected text"),
+        ("gsm8k", {"question": 1, "answer": "2"}, "column question holds int, expected text"),
+    ],
+)
+def test_benchmark_rows_without_an_answer_cannot_be_used(name, row, reason):
+    with pytest.raises(UnusableRow, match=reason):
+        get_format(name, "text")(row)
+
+
 @pytest.mark.parametrize("name", CHATS)
 def test_chats(name):
     row, chat = CHATS[name]
