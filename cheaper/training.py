@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,6 +50,8 @@ def build_trainer(config: RunConfig) -> Trainer:
     Raises:
         UserError: The data, the checkpoint or the folder do not fit the run.
     """
+    for meant in ("Cannot split tensor of length", "The warmup duration is 0"):  # a last batch is smaller; no warm-up
+        warnings.filterwarnings("ignore", meant)
     join_processes()
     tokenizer, manifests = check_data(config)
     length = run_length(config, manifests)

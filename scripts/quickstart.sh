@@ -14,11 +14,14 @@ for recipe in phase1 general_sft reasoning_sft; do
 done
 run cheaper pipeline yamls/quickstart/pipeline.yaml # goes on where it was interrupted
 run python scripts/quickstart_figures.py
+run cheaper report runs/quickstart-{teacher,phase1,phase2,without-teacher,midtrain,general-sft,reasoning-sft} \
+    --output runs/quickstart.html
 
 cat <<'NEXT'
 
 What you have now
   data/sample                        the corpus, its tokenizer, and MDS shards, one folder per stream
+  runs/quickstart.html               curves, samples, targets and configuration of all stages, for a browser
   runs/quickstart-<stage>            run.yaml, checkpoints, metrics.jsonl, samples.jsonl, summary.json
 
 What to do next
