@@ -67,9 +67,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     every = f"{config.training.eval_interval}ba" if config.training.eval_interval else "1dur"
     trainer = Trainer(
         model=model,
-        train_dataloader=build_dataloader(
-            token_shards(config), manifests, rows_per_device(stage), config.training.seed
-        ),
+        train_dataloader=build_train_data(config, manifests),
         eval_dataloader=build_evaluators(config),
         eval_interval=every if config.data.held_out else 0,
         max_duration=f"{length.tokens}tok",
