@@ -24,7 +24,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import nn
 
-from cheaper.config import ModelConfig, RopeScalingConfig
+from cheaper.config import ExpertsConfig, LatentAttentionConfig, ModelConfig, RopeScalingConfig
 from cheaper.errors import UserError
 from cheaper.files import publish
 from cheaper.models import hf
@@ -156,9 +156,17 @@ def _record(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
     return record
 
 
+SECTIONS = {
+    "rope_scaling": RopeScalingConfig,
+    "latent_attention": LatentAttentionConfig,
+    "experts": ExpertsConfig,
+}
+
+
 def _model_config(record: dict[str, Any]) -> ModelConfig:
     shape = dict(record["model"])
-    return ModelConfig(**{**shape, "rope_scaling": RopeScalingConfig(**shape["rope_scaling"])})
+    sections = {key: SECTIONS[key](**value) for key, value in shape.items() if isinstance(value, dict)}
+    return ModelConfig(**{**shape, **sections})
 
 
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -176,6 +184,16 @@ def check_shapes(decoder: nn.Module, weights: dict[str, torch.Tensor], source: s
             raise UserError(f"checkpoint {source}: {name} is {got}, expected {expected}; it is of another model")
     if extra := set(weights) - set(decoder.state_dict()):
         raise UserError(f"checkpoint {source}: has {sorted(extra)[0]}, which this model lacks; it is of another model")
+
+
+def check_same_steps(checkpoint: dict[str, Any], rows: int, source: Path) -> None:
+    """Raises ``UserError`` if the steps of the run in ``checkpoint`` were not of so many rows over all processes."""
+    before = _record(checkpoint, source)["rows_per_step"]
+    if before != rows:
+        raise UserError(
+            f"training.stage: a step has {rows} rows over all processes, the run to resume had {before} ({source}); "
+            "batch_size_per_gpu × gradient_accumulation_steps × processes must stay as it was"
+        )
 
 
 class Stopped(Exception):  # noqa: N818  it is no error: the user asked for it
@@ -197,11 +215,12 @@ class Checkpointer(Callback):
         keep: How many of the newest to keep.
         decoder: Its configuration, as it is when a checkpoint is written, goes into the checkpoint.
         vocabulary: The tokenizer's; goes into the checkpoint too.
+        rows_per_step: Of all processes; goes into the checkpoint too.
     """
 
-    def __init__(self, folder: Path, interval: int, keep: int, decoder: Decoder, vocabulary: str):
+    def __init__(self, folder: Path, interval: int, keep: int, decoder: Decoder, vocabulary: str, rows_per_step: int):
         self.folder, self.interval, self.keep = folder, interval, keep
-        self.decoder, self.vocabulary = decoder, vocabulary
+        self.decoder, self.vocabulary, self.rows_per_step = decoder, vocabulary, rows_per_step
         self.stop_signal = 0
         self._stopped_at = 0.0
         self._previous_handlers: dict[int, Any] = {}
@@ -223,7 +242,8 @@ class Checkpointer(Callback):
                 raise Stopped(signum, path)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": dataclasses.asdict(self.decoder.config), "vocabulary": self.vocabulary}
+        model = dataclasses.asdict(self.decoder.config)
+        return {"model": model, "vocabulary": self.vocabulary, "rows_per_step": self.rows_per_step}
 
     def close(self, state: State, logger: Logger) -> None:
         for signum, handler in self._previous_handlers.items():

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cheaper.config import DataConfig, RunConfig, TrainingConfig, parse_count, parse_target, parse_warmup
+from cheaper.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, parse_count, parse_target, parse_warmup
 from cheaper.errors import UserError, did_you_mean
 
 GROUPS = ("model", "training", "data", "distributed", "logging")
@@ -159,6 +159,8 @@ def _unknown_keys(tree: Any, schema: Any, path: str = "") -> list[Problem]:
         if not isinstance(tree, dict):
             return [(path, f"is {tree!r}: expected a section of names, each with {', '.join(_types(element))}")]
         return [p for key, value in tree.items() for p in _unknown_keys(value, element, f"{path}.{key}")]
+    if section := _optional_section(schema):
+        return [] if tree is None else _unknown_keys(tree, section, path)
     if not dataclasses.is_dataclass(schema):
         return []
     if not isinstance(tree, dict):
@@ -173,14 +175,23 @@ def _unknown_keys(tree: Any, schema: Any, path: str = "") -> list[Problem]:
     return problems
 
 
-def _dict_elements(tree: Any, schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the key and class of every section that the YAML names freely, such as one stream."""
+def _sections_that_may_be_missing(tree: Any, schema: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the key and class of every section that is there: one that the YAML names freely, or may leave out."""
     for key, expected in _types(schema).items() if isinstance(tree, dict) else ():
         full = f"{path}.{key}" if path else key
         if dataclasses.is_dataclass(expected):
-            yield from _dict_elements(tree.get(key), expected, full)
+            yield from _sections_that_may_be_missing(tree.get(key), expected, full)
+        elif (section := _optional_section(expected)) and isinstance(tree.get(key), dict):
+            yield full, section
         elif typing.get_origin(expected) is dict:
             yield from ((f"{full}.{name}", typing.get_args(expected)[1]) for name in tree.get(key) or ())
+
+
+def _optional_section(hint: Any) -> Any:
+    """The class of a section that may be left out; ``None`` for any other type."""
+    choices = [choice for choice in typing.get_args(hint) if choice is not type(None)]
+    optional = type(None) in typing.get_args(hint) and len(choices) == 1
+    return choices[0] if optional and dataclasses.is_dataclass(choices[0]) else None
 
 
 def _types(schema: Any) -> dict[str, Any]:
@@ -189,7 +200,7 @@ def _types(schema: Any) -> dict[str, Any]:
 
 def _typed(tree: dict[str, Any]) -> tuple[RunConfig, list[Problem]]:
     config = OmegaConf.structured(RunConfig)
-    for key, schema in _dict_elements(tree, RunConfig):
+    for key, schema in _sections_that_may_be_missing(tree, RunConfig):
         OmegaConf.update(config, key, schema())
     problems: list[Problem] = []
     for key, value in leaves(tree):
@@ -256,6 +267,7 @@ def _impossible(config: RunConfig) -> list[Problem]:
         problems.append(("model.num_heads", f"{text}; with {model.num_heads} heads that is one of {fitting}"))
     if model.head_dim % 2:
         problems.append(("model.head_dim", f"is {model.head_dim}: expected an even number (rotary positions)"))
+    problems += _impossible_experts(model)
     long = config.training.long_context
     key, limit = "model", model.max_position_embeddings
     if long.enabled:
@@ -265,6 +277,22 @@ def _impossible(config: RunConfig) -> list[Problem]:
         problems.append(("training.stage.sequence_length", f"is {stage.sequence_length}: {expected}"))
     problems += _impossible_distillation(config.training)
     return problems + _impossible_streams(data)
+
+
+def _impossible_experts(model: ModelConfig) -> list[Problem]:
+    if (experts := model.experts) is None:
+        return []
+    problems = []
+    if experts.number % experts.groups or experts.number < 2 * experts.groups:
+        text = f"is {experts.groups}: expected a divisor of number={experts.number} with two experts or more in each"
+        problems.append(("model.experts.groups", text))
+    if experts.groups_kept > experts.groups:
+        problems.append(("model.experts.groups_kept", f"is {experts.groups_kept}: expected at most {experts.groups}"))
+    available = experts.groups_kept * experts.number // experts.groups
+    if experts.per_token > available:
+        text = f"is {experts.per_token}: expected at most the {available} experts of the groups kept"
+        problems.append(("model.experts.per_token", text))
+    return problems
 
 
 def _impossible_streams(data: DataConfig) -> list[Problem]:

@@ -36,8 +36,33 @@ class RopeScalingConfig:
 
 
 @dataclass
+class LatentAttentionConfig:
+    """Multi-head latent attention; ``model.head_dim`` is the part of a head with rotary positions."""
+
+    query_rank: int = at_least(1)
+    key_value_rank: int = at_least(1)
+    plain_dim: int = at_least(1)  # of a head's queries and keys, without positions
+    value_dim: int = at_least(1)  # of a head's values
+
+
+@dataclass
+class ExpertsConfig:
+    """A mixture of experts in the place of feed-forward networks."""
+
+    number: int = at_least(1)
+    per_token: int = at_least(1)
+    groups: int = at_least(1, default=1)  # that the experts are in, as many in each
+    groups_kept: int = at_least(1, default=1)  # for a token
+    shared: int = at_least(1, default=1)  # experts that every token goes through
+    intermediate_size: int = at_least(1)  # of one expert
+    dense_layers: int = at_least(0, default=0)  # first layers without experts
+    scale: float = above(0, default=1.0)  # of the chosen experts' sum
+    balancing_speed: float = at_least(0, default=0.001)  # of the bias in one step
+
+
+@dataclass
 class ModelConfig:
-    """Shape of a dense decoder. Sizes are counts of layers, heads, features, words or tokens."""
+    """Shape of a decoder. Sizes are counts of layers, heads, features, words or tokens."""
 
     name: str = "???"
     num_layers: int = at_least(1)
@@ -55,6 +80,8 @@ class ModelConfig:
     max_position_embeddings: int = at_least(1, default=4096)
     initializer_std: float = above(0, default=0.02)
     use_flash_attention: bool = True
+    latent_attention: LatentAttentionConfig | None = None
+    experts: ExpertsConfig | None = None
 
 
 @dataclass
@@ -178,6 +205,9 @@ class DataConfig:
 @dataclass
 class DistributedConfig:
     name: str = "???"
+    shard: bool = False  # parameters, gradients and optimizer state over the devices (FSDP2); else each has all of them
+    replicate_degree: int = at_least(1, default=1)  # copies of the sharded model, each over its share of the devices
+    activation_checkpointing: str = one_of("none", "selective", "full")  # what is computed again to save memory
 
 
 @dataclass

@@ -26,10 +26,22 @@ PEAKS = {
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Forward and backward FLOPs of one token in a row of ``sequence_length`` tokens."""
-    attention_width = model.num_heads * model.head_dim
-    attention = model.hidden_size * (2 * attention_width + 2 * model.num_kv_heads * model.head_dim)
-    feed_forward = 3 * model.hidden_size * model.intermediate_size
-    matrices = model.num_layers * (attention + feed_forward) + model.hidden_size * model.vocab_size
+    width, latent, experts = model.hidden_size, model.latent_attention, model.experts
+    if latent:
+        attention_width = model.num_heads * (latent.plain_dim + model.head_dim + latent.value_dim) / 2
+        attention = width * (latent.query_rank + latent.key_value_rank + model.head_dim)
+        attention += latent.query_rank * model.num_heads * (latent.plain_dim + model.head_dim)
+        attention += latent.key_value_rank * model.num_heads * (latent.plain_dim + latent.value_dim)
+        attention += width * model.num_heads * latent.value_dim
+    else:
+        attention_width = model.num_heads * model.head_dim
+        attention = width * (2 * attention_width + 2 * model.num_kv_heads * model.head_dim)
+    dense = model.num_layers if experts is None else experts.dense_layers
+    feed_forward = 3 * width * model.intermediate_size * dense
+    if experts:
+        chosen = 3 * experts.intermediate_size * (experts.per_token + experts.shared) + experts.number
+        feed_forward += width * chosen * (model.num_layers - dense)
+    matrices = model.num_layers * attention + feed_forward + width * model.vocab_size
     return 6 * matrices + 12 * model.num_layers * attention_width * sequence_length
 
 

@@ -30,18 +30,16 @@ def greedy(
     device = decoder.output_weight.device
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
     rows = [torch.tensor(prompt, device=device) for prompt in prompts]
-    cache = KeyValueCache(len(decoder.blocks), lengths_B, int(lengths_B.max()) + max_new_tokens)
-    hidden_BTD = decoder.hidden(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), cache=cache)
-    hidden_BD = hidden_BTD[torch.arange(len(prompts), device=device), lengths_B - 1]
+    input_ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    cache = KeyValueCache(len(decoder.blocks), lengths_B, input_ids_BT.shape[1] + max_new_tokens)
     texts, going = [[] for _ in prompts], [True] * len(prompts)
     for _ in range(max_new_tokens):
-        next_B = (hidden_BD @ decoder.output_weight.T).argmax(-1)
-        for i, token in enumerate(next_B.tolist()):
+        input_ids_BT = decoder.next_token_logits(input_ids_BT, cache).argmax(-1, keepdim=True)
+        for i, token in enumerate(input_ids_BT.flatten().tolist()):
             going[i] = going[i] and token not in stop_ids
             if going[i]:
                 texts[i].append(token)
         if not any(going):
             break
-        hidden_BD = decoder.hidden(next_B[:, None], cache=cache)[:, 0]
     decoder.train(was_training)
     return texts

@@ -15,6 +15,7 @@ from composer.optim import LinearWithWarmupScheduler
 from composer.utils import dist, get_device
 
 from cheaper import checkpoints, flops, run_folder
+from cheaper.algorithms.expert_balancing import ExpertBalancing
 from cheaper.algorithms.gradient_clipping import GradientClipping
 from cheaper.algorithms.knowledge_distillation import CachedDistillation, KnowledgeDistillation
 from cheaper.algorithms.long_context import LongContext
@@ -38,6 +39,8 @@ from cheaper.data.streams import (
     shares,
 )
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
+from cheaper.distributed.activation_checkpointing import checkpoint_activations
+from cheaper.distributed.sharding import gather_for_generation, parallelism
 from cheaper.errors import UserError
 from cheaper.files import write_atomically
 from cheaper.models.composer_model import CausalLM
@@ -61,8 +64,9 @@ def build_trainer(config: RunConfig) -> Trainer:
     stage = config.training.stage
     model = build_model(config, weights=None if config.training.resume else config.training.checkpoint_path)
     if resume_from:
-        weights = checkpoints.model_weights(checkpoints.safe_load(resume_from))
-        checkpoints.check_shapes(model.model, weights, str(resume_from))
+        checkpoint = checkpoints.safe_load(resume_from)
+        checkpoints.check_shapes(model.model, checkpoints.model_weights(checkpoint), str(resume_from))
+        checkpoints.check_same_steps(checkpoint, rows_per_step(stage), resume_from)
     peak = flops.peak_flops(get_device(None)._device, _dtype(config))
     every = f"{config.training.eval_interval}ba" if config.training.eval_interval else "1dur"
     trainer = Trainer(
@@ -85,7 +89,9 @@ def build_trainer(config: RunConfig) -> Trainer:
         load_path=str(resume_from) if resume_from else None,
         load_ignore_keys=checkpoints.without_foreign_algorithms(algorithms),
         load_progress_bar=False,
+        parallelism_config=parallelism(config.distributed),
     )
+    gather_for_generation(model.model)
     if resume_from and not trainer.state.optimizers[0].state:
         raise UserError(f"checkpoint {resume_from}: its optimizer state does not fit this version of PyTorch")
     if dist.get_global_rank() == 0:
@@ -152,9 +158,14 @@ def run_length(config: RunConfig, manifests: dict[str, Manifest]) -> Length:
     """The length of a run from its token budget, or from its epochs and what the shards hold."""
     stage = config.training.stage
     tokens = parse_count(stage.tokens) if stage.tokens else round(stage.epochs * epoch_tokens(config.data, manifests))
-    step = rows_per_device(stage) * dist.get_world_size() * row_length(config.data, manifests)
+    step = rows_per_step(stage) * row_length(config.data, manifests)
     amount, unit = parse_warmup(stage.warmup)
     return Length(tokens, step, round(amount * (step if unit == "steps" else tokens)))
+
+
+def rows_per_step(stage: StageConfig) -> int:
+    """Rows that all devices see in one optimizer step."""
+    return rows_per_device(stage) * dist.get_world_size()
 
 
 def rows_per_device(stage: StageConfig) -> int:
@@ -168,6 +179,7 @@ def build_model(config: RunConfig, weights: str | None) -> CausalLM:
     model = CausalLM(config.model)
     if weights:
         checkpoints.load_weights(model.model, weights)
+    checkpoint_activations(model.model, config.distributed.activation_checkpointing)
     if _dtype(config) == torch.bfloat16 and not torch.cuda.is_available():
         # Composer has no mixed precision on a CPU.
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
@@ -215,6 +227,8 @@ def build_evaluators(config: RunConfig) -> list[Evaluator]:
 def build_algorithms(config: RunConfig, tokenizer: Tokenizer) -> list[Algorithm]:
     """What changes the training of a stage."""
     training, algorithms = config.training, []
+    if config.model.experts:
+        algorithms.append(ExpertBalancing(config.model.experts.balancing_speed))
     if training.long_context.enabled:
         long = training.long_context
         algorithms.append(LongContext(long.rope_theta_factor, long.max_position_embeddings))
@@ -245,7 +259,12 @@ def build_callbacks(
         ),
         Samples(folder / "samples.jsonl", training.samples, tokenizer, template, training.checkpoint_interval),
         checkpoints.Checkpointer(
-            folder, training.checkpoint_interval, training.keep_checkpoints, model.model, tokenizer.vocabulary
+            folder,
+            training.checkpoint_interval,
+            training.keep_checkpoints,
+            model.model,
+            tokenizer.vocabulary,
+            rows_per_step(training.stage),
         ),
     ]
 

@@ -1,5 +1,6 @@
 """Recipes, groups, overrides, and what is said about mistakes in them."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,20 @@ def test_parse_count(text, count):
 def test_parse_warmup():
     assert parse_warmup("2000") == (2000, "steps")
     assert parse_warmup("3%") == (0.03, "share")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.experts.per_tokn=4", "model.experts.per_tokn is not a key; did you mean per_token?"),
+        ("model.experts.groups=7", "model.experts.groups is 7: expected a divisor of number=256"),
+        ("model.experts.groups_kept=9", "model.experts.groups_kept is 9: expected at most 8"),
+        ("model.experts.per_token=200", "model.experts.per_token is 200: expected at most the 128 experts"),
+        ("model.latent_attention.query_rank=0", "model.latent_attention.query_rank is 0: expected a number ≥ 1"),
+        ("model.latent_attention=3", "model.latent_attention is 3: expected a section with query_rank"),
+    ],
+)
+def test_sections_that_may_be_left_out_are_checked_where_they_are_there(override, message):
+    choices = ["model=mobilellm_671b", "training=pretrain_phase1", "data=pretrain_phase1_mix"]
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config([*choices, override])

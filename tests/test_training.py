@@ -156,6 +156,15 @@ def test_a_checkpoint_of_another_shape_is_refused(corpus, finished, tmp_path, ca
         assert message in refusal(capsys, arguments)
 
 
+def test_steps_of_another_size_are_refused(corpus, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    again = ("training.resume=true", "training.stage.batch_size_per_gpu=2")
+    line = refusal(capsys, corpus.arguments(tmp_path / "run", *again))
+    assert "a step has 2 rows over all processes, the run to resume had 4" in line
+    same = "training.stage.gradient_accumulation_steps=2"
+    assert cli.main(["train", *corpus.arguments(tmp_path / "run", *again, same)]) == 0  # it had finished
+
+
 def test_a_checkpoint_that_is_cut_short_or_missing_is_refused(corpus, finished, tmp_path, capsys):
     cut = tmp_path / "cut.pt"
     cut.write_bytes(newest_checkpoint(finished).read_bytes()[:-5000])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
 
@@ -26,4 +27,5 @@ class GradientClipping(Algorithm):
         return event == Event.AFTER_TRAIN_BATCH
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        self.norm = clip_grad_norm_(state.model.parameters(), self.max_norm)
+        norm = clip_grad_norm_(state.model.parameters(), self.max_norm)
+        self.norm = norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,9 +1,10 @@
-"""The dense decoder of MobileLLM-R1 (arXiv 2509.24945), the shape of Llama 4's text model without experts.
+"""The decoder of MobileLLM-R1 (arXiv 2509.24945), the shape of Llama 4's text model without experts.
 
 - Pre-norm blocks: RMSNorm, attention, RMSNorm, SwiGLU; no biases, no dropout.
 - Grouped-query attention; rotary positions on every layer, features (2i, 2i+1) turned together.
 - Queries and keys are RMS-normalised without weights, after the rotation (``qk_norm``).
 - The output matrix is the embedding (``tie_word_embeddings``) or a matrix of its own.
+- The largest has DeepSeek-V3's attention and experts in their places, see ``cheaper.models.moe``.
 - The loss is computed inside ``forward``, from hidden states in chunks: no tensor of tokens × words is ever kept.
 
 Axes are written as suffixes: B rows, T tokens, D width, H query heads, K key heads, E features per head, V words.
@@ -20,11 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cheaper.config import ModelConfig, RopeScalingConfig
+from cheaper.config import ModelConfig
 from cheaper.losses.chunked import IGNORED
 from cheaper.losses.cross_entropy import linear_cross_entropy
 from cheaper.models.attention import causal_attention
+from cheaper.models.feed_forward import FeedForward
 from cheaper.models.kv_cache import KeyValueCache, LayerCache
+from cheaper.models.moe import Experts, LatentAttention, Router
+from cheaper.models.rotary import rotary_rotation, rotate
 
 # From hidden states [N, D], the output matrix [V, D] and labels [N] to the loss and other figures, summed over targets.
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -49,7 +53,7 @@ class Decoder(nn.Module):
         super().__init__()
         config = self.config = dataclasses.replace(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         # A tied model has no module here: a parameter that two modules share comes apart in ``to_empty``.
         tied = config.tie_word_embeddings
@@ -73,12 +77,25 @@ class Decoder(nn.Module):
     def param_init_fn(self, module: nn.Module) -> None:
         """Initialises what ``module`` itself owns. Composer calls it on each module that was made without memory."""
         std = self.config.initializer_std
-        if any(module in (block.attention.wo, block.feed_forward.down) for block in self.blocks):
-            std /= math.sqrt(2 * self.config.num_layers)
+        written_std = std / math.sqrt(2 * self.config.num_layers)
         if isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=written_std if module in self._writers() else std)
+        elif isinstance(module, Experts):
+            for weight in (module.gate, module.up):
+                nn.init.normal_(weight, std=std)
+            nn.init.normal_(module.down, std=written_std)
+        elif isinstance(module, Router):
             nn.init.normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.load)
+
+    def _writers(self) -> set[nn.Module]:
+        """The matrices whose products are added to the residual stream."""
+        networks = [block.feed_forward for block in self.blocks]
+        dense = [network.shared if isinstance(network, Experts) else network for network in networks]
+        return {*(block.attention.wo for block in self.blocks), *(network.down for network in dense)}
 
     def fsdp_wrap_fn(self, module: nn.Module) -> bool:
         """Tells Composer to shard block by block; embedding, last norm and head stay in the root's group."""
@@ -138,6 +155,17 @@ class Decoder(nn.Module):
             cache.passed()
         return self.norm(x_BTD)
 
+    def next_token_logits(self, input_ids_BT: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+        """Logits [B, V] of the token after each text.
+
+        Args:
+            input_ids_BT: The prompts, filled up on the right to one length; after them the newest token of each text.
+            cache: What has been kept of the texts.
+        """
+        ends_B = 0 if cache.has_prompts else cache.lengths_B - 1
+        hidden_BTD = self.hidden(input_ids_BT, cache=cache)
+        return F.linear(hidden_BTD[torch.arange(len(hidden_BTD), device=hidden_BTD.device), ends_B], self.output_weight)
+
 
 def predictors(x_BTD: torch.Tensor) -> torch.Tensor:
     """What predicts the ``targets``, token by token: all but the last of each row; [B · (T - 1), …]."""
@@ -157,12 +185,13 @@ def count_targets(labels_BT: torch.Tensor) -> torch.Tensor:
 class Block(nn.Module):
     """One layer: attention, then the feed-forward network, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = LatentAttention(config) if config.latent_attention else Attention(config)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FeedForward(config)
+        sparse = config.experts is not None and layer >= config.experts.dense_layers
+        self.feed_forward = Experts(config) if sparse else FeedForward(config.hidden_size, config.intermediate_size)
 
     def forward(
         self,
@@ -207,54 +236,6 @@ class Attention(nn.Module):
         else:
             out_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, document_lengths_BN, flash)
         return self.wo(out_BTHE.flatten(-2))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x)) (arXiv 2002.05202)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
-
-
-def rotary_rotation(positions: torch.Tensor, config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of each position's angles, fp32 (RoFormer, arXiv 2104.09864).
-
-    Computed in every pass rather than kept: it is cheap, and there is nothing to lose when a model is made without
-    memory or its ``rope_theta`` is raised.
-
-    Args:
-        positions: [T] or [B, T].
-        config: For ``rope_theta`` and ``head_dim``.
-
-    Returns:
-        Two tensors [(B,) T, 1, E/2].
-    """
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32) / config.head_dim
-    frequencies = _scaled(config.rope_theta**-exponents, config.rope_scaling)
-    angles = positions[..., None, None].float() * frequencies
-    return angles.cos(), angles.sin()
-
-
-def _scaled(frequencies: torch.Tensor, scaling: RopeScalingConfig) -> torch.Tensor:
-    """Llama 3.1's frequencies: those that turn slowly are divided by the factor, with a smooth passage to the rest."""
-    if scaling.factor == 1:
-        return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # over the original context
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    return torch.lerp(frequencies / scaling.factor, frequencies, kept.clamp(0, 1))
-
-
-def rotate(x_BTHE: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turns each pair of features (2i, 2i+1) by its position's angle; fp32 out."""
-    cos, sin = rotation
-    even, odd = x_BTHE.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
 def row_positions(input_ids_BT: torch.Tensor, document_lengths_BN: torch.Tensor | None) -> torch.Tensor:

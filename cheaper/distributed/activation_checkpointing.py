@@ -1,0 +1,47 @@
+"""Activations that are computed again in the backward pass instead of being kept (arXiv 1604.06174)."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from cheaper.models.decoder import Decoder
+
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def checkpoint_activations(decoder: Decoder, mode: str) -> None:
+    """Makes each block recompute its activations; names and values of parameters stay as they are.
+
+    Args:
+        decoder: The model.
+        mode: ``none``; ``full``, which keeps a block's input alone; ``selective``, which also keeps what is expensive:
+            the attention's output and every second matrix product, as torchtitan does.
+    """
+    if mode == "none":
+        return
+    kept = {"context_fn": _keep_expensive} if mode == "selective" else {}
+    for block in decoder.blocks:
+        # Within the block's call, so that sharding, which gathers parameters around it, gathers them once.
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **kept)
+
+
+def _keep_expensive():
+    products: Counter[bool] = Counter()
+
+    def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+        keep = operator in ATTENTION
+        if operator == torch.ops.aten.mm.default:
+            products[context.is_recompute] += 1
+            keep = products[context.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

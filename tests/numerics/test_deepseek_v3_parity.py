@@ -1,0 +1,136 @@
+"""Latent attention and experts against ``transformers``' DeepSeek-V3: logits and gradients, fp32."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from cheaper.config import ExpertsConfig, LatentAttentionConfig, ModelConfig
+from cheaper.models.decoder import Decoder
+
+CONFIG = ModelConfig(
+    name="probe",
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=4,
+    hidden_size=64,
+    intermediate_size=96,
+    head_dim=8,
+    vocab_size=101,
+    tie_word_embeddings=False,
+    qk_norm=False,
+    rope_theta=10_000.0,
+    initializer_std=0.2,
+    latent_attention=LatentAttentionConfig(query_rank=24, key_value_rank=16, plain_dim=16, value_dim=12),
+    experts=ExpertsConfig(
+        number=8, per_token=3, groups=4, groups_kept=2, shared=1, intermediate_size=32, dense_layers=1, scale=2.5
+    ),
+)
+OURS = {
+    "self_attn.q_a_proj": "attention.wq_down",
+    "self_attn.q_a_layernorm": "attention.query_norm",
+    "self_attn.q_b_proj": "attention.wq_up",
+    "self_attn.kv_a_proj_with_mqa": "attention.wkv_down",
+    "self_attn.kv_a_layernorm": "attention.key_value_norm",
+    "self_attn.kv_b_proj": "attention.wkv_up",
+    "self_attn.o_proj": "attention.wo",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "feed_forward_norm",
+    "mlp.gate.weight": "feed_forward.router.weight",
+    "mlp.gate.e_score_correction_bias": "feed_forward.router.bias",
+    "mlp.shared_experts.": "feed_forward.shared.",
+    "mlp.": "feed_forward.",
+    "_proj": "",
+    "model.layers.": "blocks.",
+    "model.embed_tokens": "embedding",
+    "model.norm": "norm",
+    "lm_head": "head",
+}
+
+
+def as_ours(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Their tensors under our names; experts stacked."""
+    renamed: dict[str, torch.Tensor] = {}
+    stacks: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in state.items():
+        for theirs, ours in OURS.items():
+            name = name.replace(theirs, ours)
+        if match := re.fullmatch(r"(.*)\.experts\.\d+\.(gate|up|down)\.weight", name):
+            stacks.setdefault(f"{match[1]}.{match[2]}", []).append(tensor)
+        elif match := re.fullmatch(r"(.*)\.experts\.(gate_up|down)", name):  # transformers 5 keeps them stacked
+            halves = tensor.chunk(2, 1) if match[2] == "gate_up" else [tensor]
+            renamed |= dict(zip([f"{match[1]}.{part}" for part in match[2].split("_")], halves, strict=True))
+        else:
+            renamed[name] = tensor
+    return renamed | {name: torch.stack(tensors) for name, tensors in stacks.items()}
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Decoder, DeepseekV3ForCausalLM]:
+    torch.manual_seed(0)
+    latent, experts = CONFIG.latent_attention, CONFIG.experts
+    theirs = DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            vocab_size=CONFIG.vocab_size,
+            hidden_size=CONFIG.hidden_size,
+            intermediate_size=CONFIG.intermediate_size,
+            moe_intermediate_size=experts.intermediate_size,
+            num_hidden_layers=CONFIG.num_layers,
+            num_attention_heads=CONFIG.num_heads,
+            num_key_value_heads=CONFIG.num_heads,
+            n_shared_experts=experts.shared,
+            n_routed_experts=experts.number,
+            routed_scaling_factor=experts.scale,
+            kv_lora_rank=latent.key_value_rank,
+            q_lora_rank=latent.query_rank,
+            qk_rope_head_dim=CONFIG.head_dim,
+            v_head_dim=latent.value_dim,
+            qk_nope_head_dim=latent.plain_dim,
+            n_group=experts.groups,
+            topk_group=experts.groups_kept,
+            num_experts_per_tok=experts.per_token,
+            first_k_dense_replace=experts.dense_layers,
+            rms_norm_eps=CONFIG.norm_eps,
+            rope_theta=CONFIG.rope_theta,
+            initializer_range=CONFIG.initializer_std,
+            attn_implementation="eager",
+        )
+    )
+    for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]:
+        if name.endswith(("e_score_correction_bias", "mlp.gate.weight")):
+            torch.nn.init.normal_(tensor, std=0.3)
+    ours = Decoder(CONFIG)
+    ours.load_state_dict(as_ours(theirs.state_dict()))
+    return ours, theirs
+
+
+def test_logits_and_gradients(models):
+    ours, theirs = models
+    ids = torch.randint(CONFIG.vocab_size, (3, 40))
+    expected = theirs(ids, use_cache=False).logits
+    torch.testing.assert_close(ours(ids), expected, atol=1e-4, rtol=1e-4)
+    loss = theirs(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    out = ours(ids, ids)
+    (out.loss_sum / out.num_targets).backward()
+    assert (out.loss_sum / out.num_targets).item() == pytest.approx(loss.item(), abs=1e-5)
+    expected = as_ours({name: p.grad for name, p in theirs.named_parameters() if p.grad is not None})
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    assert set(expected) == set(gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient, expected[name], atol=1e-4, rtol=1e-3, msg=lambda text, n=name: f"{n} {text}"
+        )
+
+
+def test_every_group_and_bias_matters(models):
+    """The probe's routing is not one that a simpler router would find too."""
+    router = models[0].blocks[1].feed_forward.router
+    x_ND = torch.randn(200, CONFIG.hidden_size)
+    chosen, weights = router(x_ND)
+    scores = torch.nn.functional.linear(x_ND, router.weight).sigmoid()
+    assert (scores.topk(3).indices.sort(-1).values != chosen.sort(-1).values).any(-1).float().mean() > 0.1
+    torch.testing.assert_close(weights.sum(-1), torch.full((200,), 2.5))
