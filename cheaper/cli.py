@@ -16,7 +16,7 @@ USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value �
        cheaper pipeline [pipeline.yaml] [key=value …] [--from STAGE] [--until STAGE] [--launcher COMMAND] [--dry-run]
        cheaper convert [recipe.yaml] [data=…] [key=value …] [--processes N] [--only STREAM …]
        cheaper cache-teacher [recipe.yaml] training.teacher_model=… training.teacher_cache=FOLDER [key=value …]
-                       [--k 50] [--kind top_k|sampled] [--precision compact|fp32] [--only STREAM …]
+                       [--k 50] [--kind sampled|top_k] [--precision compact|fp32] [--only STREAM …]
        cheaper report  RUN … [--output report.html] [--png]
        cheaper inspect FOLDER --tokenizer TOKENIZER [--first N] [--rows N]
        cheaper sample"""
@@ -115,7 +115,7 @@ def cache_teacher(args: list[str]) -> int:
     """Keeps what a teacher says of every token of a mixture, for ``training.teacher_cache``."""
     parser = argparse.ArgumentParser(prog="cheaper cache-teacher")
     parser.add_argument("--k", type=int, default=50, help="words kept, or drawn, for each token")
-    parser.add_argument("--kind", choices=["top_k", "sampled"], default="top_k")
+    parser.add_argument("--kind", choices=["sampled", "top_k"], default="sampled")
     parser.add_argument("--precision", choices=["compact", "fp32"], default="compact", help="of top_k's probabilities")
     parser.add_argument("--only", nargs="+", metavar="STREAM", help="these streams of the mixture alone")
     options, rest = parser.parse_known_args(args)

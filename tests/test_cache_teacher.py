@@ -93,7 +93,7 @@ def cache(corpus: Corpus, teacher, folder, *options: str) -> list[str]:
 
 def test_all_words_kept_train_as_the_teacher_itself(corpus: Corpus, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_teacher, "PART_BYTES", 40 * 32 * (8 + 5 * WORDS))
-    given = cache(corpus, teacher, tmp_path / "cache", "--k", str(WORDS), "--precision", "fp32")
+    given = cache(corpus, teacher, tmp_path / "cache", "--k", str(WORDS), "--kind", "top_k", "--precision", "fp32")
     assert len(list((tmp_path / "cache" / "a").glob("*.mds"))) == 9  # 332 rows in parts of 40
     # Which rows an epoch draws depends on where the shards are cut, but not if it takes every row once and in order.
     whole = ["data.streams.a.proportion=null", "data.streams.b.proportion=null", "data.shuffle=false"]

@@ -3,28 +3,32 @@
 import pytest
 import torch
 
-from cheaper.config import ModelConfig
+from cheaper.config import ExpertsConfig, LatentAttentionConfig, ModelConfig
 from cheaper.generation import greedy
 from cheaper.models.decoder import Decoder
+from cheaper.models.kv_cache import KeyValueCache
+
+LATENT = LatentAttentionConfig(query_rank=24, key_value_rank=20, plain_dim=8, value_dim=12)
+EXPERTS = ExpertsConfig(number=8, per_token=2, groups=4, groups_kept=2, intermediate_size=32, dense_layers=1)
 
 
-@pytest.fixture(scope="module")
-def decoder() -> Decoder:
+@pytest.fixture(scope="module", params=[{}, {"latent_attention": LATENT, "experts": EXPERTS}], ids=["dense", "experts"])
+def decoder(request) -> Decoder:
     torch.manual_seed(0)
-    config = ModelConfig(
-        name="probe",
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        hidden_size=64,
-        intermediate_size=96,
-        head_dim=16,
-        vocab_size=97,
-        initializer_std=0.4,  # so that continuations are not one word over and over
+    return Decoder(
+        ModelConfig(
+            name="probe",
+            num_layers=3,
+            num_heads=4,
+            num_kv_heads=2,
+            hidden_size=64,
+            intermediate_size=96,
+            head_dim=16,
+            vocab_size=97,
+            initializer_std=0.4,  # so that continuations are not one word over and over
+            **request.param,
+        )
     )
-    decoder = Decoder(config)
-    decoder.init_weights()
-    return decoder
 
 
 PROMPTS = [[5], [7, 1, 2, 3, 96, 4, 9, 11], [3, 3, 8]]
@@ -46,8 +50,6 @@ def test_the_cache_changes_no_token(decoder):
 
 
 def test_hidden_states_with_the_cache_are_those_without(decoder):
-    from cheaper.models.kv_cache import KeyValueCache
-
     text = torch.randint(97, (2, 12))
     cache = KeyValueCache(3, torch.tensor([4, 4]), room=12)
     with torch.no_grad():

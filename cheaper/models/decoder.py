@@ -101,10 +101,6 @@ class Decoder(nn.Module):
         """Tells Composer to shard block by block; embedding, last norm and head stay in the root's group."""
         return isinstance(module, Block)
 
-    def activation_checkpointing_fn(self, module: nn.Module) -> bool:
-        """Tells Composer, where it recomputes activations, to do so block by block."""
-        return isinstance(module, Block)
-
     def forward(
         self,
         input_ids_BT: torch.Tensor,
