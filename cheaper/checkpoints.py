@@ -25,6 +25,7 @@ from composer.utils import dist
 from torch import nn
 
 from cheaper.config import ExpertsConfig, LatentAttentionConfig, ModelConfig, RopeScalingConfig
+from cheaper.distributed.sharding import set_weights
 from cheaper.errors import UserError
 from cheaper.files import publish
 from cheaper.models import hf
@@ -120,7 +121,7 @@ def load_weights(decoder: Decoder, path: str) -> None:
         trained, ours = getattr(config, key), getattr(decoder.config, key)
         if trained != ours:
             raise UserError(f"checkpoint {source} was trained with model.{key}={trained}, the run has {ours}")
-    decoder.load_state_dict(weights)
+    set_weights(decoder, weights)
 
 
 def load_decoder(source: Path) -> Decoder:

@@ -276,6 +276,12 @@ def _impossible(config: RunConfig) -> list[Problem]:
         expected = f"expected at most {key}.max_position_embeddings={limit}"
         problems.append(("training.stage.sequence_length", f"is {stage.sequence_length}: {expected}"))
     problems += _impossible_distillation(config.training)
+    for key in ("replicate_degree", "tensor_parallel_degree", "cpu_offload"):
+        value = getattr(config.distributed, key)
+        if value > 1 - isinstance(value, bool) and not config.distributed.shard:
+            problems.append(
+                (f"distributed.{key}", f"is {value}: expected distributed.shard=true, as distributed=fsdp2")
+            )
     return problems + _impossible_streams(data)
 
 

@@ -207,7 +207,9 @@ class DistributedConfig:
     name: str = "???"
     shard: bool = False  # parameters, gradients and optimizer state over the devices (FSDP2); else each has all of them
     replicate_degree: int = at_least(1, default=1)  # copies of the sharded model, each over its share of the devices
+    tensor_parallel_degree: int = at_least(1, default=1)  # devices that share every matrix; within one machine
     activation_checkpointing: str = one_of("none", "selective", "full")  # what is computed again to save memory
+    cpu_offload: bool = False  # keep shards in the processor's memory, and step the optimizer there
 
 
 @dataclass

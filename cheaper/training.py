@@ -13,6 +13,7 @@ from composer import Algorithm, Callback, DataSpec, Evaluator, Trainer
 from composer.loggers import LoggerDestination, TensorboardLogger, WandBLogger
 from composer.optim import LinearWithWarmupScheduler
 from composer.utils import dist, get_device
+from torch.distributed.device_mesh import DeviceMesh
 
 from cheaper import checkpoints, flops, run_folder
 from cheaper.algorithms.expert_balancing import ExpertBalancing
@@ -40,7 +41,8 @@ from cheaper.data.streams import (
 )
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
 from cheaper.distributed.activation_checkpointing import checkpoint_activations
-from cheaper.distributed.sharding import gather_for_generation, parallelism
+from cheaper.distributed.sharding import build_mesh, divide, init_shards
+from cheaper.distributed.tensor_parallel import check_degree
 from cheaper.errors import UserError
 from cheaper.files import write_atomically
 from cheaper.models.composer_model import CausalLM
@@ -58,15 +60,15 @@ def build_trainer(config: RunConfig) -> Trainer:
     join_processes()
     tokenizer, manifests = check_data(config)
     length = run_length(config, manifests)
-    clipping = GradientClipping(config.training.stage.max_grad_norm)
-    algorithms = [clipping, *build_algorithms(config, tokenizer)]
+    clipping, mesh = GradientClipping(config.training.stage.max_grad_norm), build_mesh(config.distributed)
+    algorithms = [clipping, *build_algorithms(config, tokenizer, mesh)]
     resume_from = run_folder.open_run_folder(config)
     stage = config.training.stage
-    model = build_model(config, weights=None if config.training.resume else config.training.checkpoint_path)
+    model = build_model(config, mesh, weights=None if config.training.resume else config.training.checkpoint_path)
     if resume_from:
         checkpoint = checkpoints.safe_load(resume_from)
         checkpoints.check_shapes(model.model, checkpoints.model_weights(checkpoint), str(resume_from))
-        checkpoints.check_same_steps(checkpoint, rows_per_step(stage), resume_from)
+        checkpoints.check_same_steps(checkpoint, rows_per_step(config), resume_from)
     peak = flops.peak_flops(get_device(None)._device, _dtype(config))
     every = f"{config.training.eval_interval}ba" if config.training.eval_interval else "1dur"
     trainer = Trainer(
@@ -89,9 +91,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         load_path=str(resume_from) if resume_from else None,
         load_ignore_keys=checkpoints.without_foreign_algorithms(algorithms),
         load_progress_bar=False,
-        parallelism_config=parallelism(config.distributed),
     )
-    gather_for_generation(model.model)
     if resume_from and not trainer.state.optimizers[0].state:
         raise UserError(f"checkpoint {resume_from}: its optimizer state does not fit this version of PyTorch")
     if dist.get_global_rank() == 0:
@@ -158,14 +158,14 @@ def run_length(config: RunConfig, manifests: dict[str, Manifest]) -> Length:
     """The length of a run from its token budget, or from its epochs and what the shards hold."""
     stage = config.training.stage
     tokens = parse_count(stage.tokens) if stage.tokens else round(stage.epochs * epoch_tokens(config.data, manifests))
-    step = rows_per_step(stage) * row_length(config.data, manifests)
+    step = rows_per_step(config) * row_length(config.data, manifests)
     amount, unit = parse_warmup(stage.warmup)
     return Length(tokens, step, round(amount * (step if unit == "steps" else tokens)))
 
 
-def rows_per_step(stage: StageConfig) -> int:
-    """Rows that all devices see in one optimizer step."""
-    return rows_per_device(stage) * dist.get_world_size()
+def rows_per_step(config: RunConfig) -> int:
+    """Rows that all devices see in one optimizer step; those that share matrices see the same ones."""
+    return rows_per_device(config.training.stage) * dist.get_world_size() // config.distributed.tensor_parallel_degree
 
 
 def rows_per_device(stage: StageConfig) -> int:
@@ -173,10 +173,18 @@ def rows_per_device(stage: StageConfig) -> int:
     return stage.batch_size_per_gpu * stage.gradient_accumulation_steps
 
 
-def build_model(config: RunConfig, weights: str | None) -> CausalLM:
-    """The model, initialised from the seed or filled with the weights at ``weights``."""
+def build_model(config: RunConfig, mesh: DeviceMesh | None, weights: str | None) -> CausalLM:
+    """The model, or this process's share of it, initialised from the seed or filled with the weights at ``weights``."""
+    with torch.device("meta"):
+        model = CausalLM(config.model)
     torch.manual_seed(config.training.seed)
-    model = CausalLM(config.model)
+    if mesh is None:
+        model.to_empty(device=get_device(None)._device)
+        model.model.init_weights()
+    else:
+        check_degree(config.model, config.distributed.tensor_parallel_degree)
+        divide(model.model, mesh, _dtype(config), config.distributed.cpu_offload)
+        init_shards(model.model)
     if weights:
         checkpoints.load_weights(model.model, weights)
     checkpoint_activations(model.model, config.distributed.activation_checkpointing)
@@ -210,21 +218,20 @@ def build_scheduler(stage: StageConfig, length: Length) -> LinearWithWarmupSched
 
 def build_train_data(config: RunConfig, manifests: dict[str, Manifest]) -> DataSpec:
     """The batches of one device, from the token shards or from the teacher cache, which holds the tokens too."""
-    return build_dataloader(
-        token_shards(config), manifests, rows_per_device(config.training.stage), config.training.seed
-    )
+    rows, copies = rows_per_device(config.training.stage), config.distributed.tensor_parallel_degree
+    return build_dataloader(token_shards(config), manifests, rows, config.training.seed, copies)
 
 
 def build_evaluators(config: RunConfig) -> list[Evaluator]:
     """One for each set of ``data.held_out``; their figures are ``eval/<set>/loss`` and so on."""
-    rows = config.training.stage.batch_size_per_gpu
+    rows, copies = config.training.stage.batch_size_per_gpu, config.distributed.tensor_parallel_degree
     return [
-        Evaluator(label=f"eval/{name}", dataloader=build_held_out(config.data, name, rows))
+        Evaluator(label=f"eval/{name}", dataloader=build_held_out(config.data, name, rows, copies))
         for name in config.data.held_out
     ]
 
 
-def build_algorithms(config: RunConfig, tokenizer: Tokenizer) -> list[Algorithm]:
+def build_algorithms(config: RunConfig, tokenizer: Tokenizer, mesh: DeviceMesh | None) -> list[Algorithm]:
     """What changes the training of a stage."""
     training, algorithms = config.training, []
     if config.model.experts:
@@ -236,7 +243,7 @@ def build_algorithms(config: RunConfig, tokenizer: Tokenizer) -> list[Algorithm]
         algorithms.append(CachedDistillation(training.distillation))
     elif training.teacher_model:
         path = check_teacher(training.teacher_model, tokenizer)
-        teacher = load_teacher(path, get_device(None)._device, _dtype(config), config.data.trust_remote_code)
+        teacher = load_teacher(path, get_device(None)._device, _dtype(config), config.data.trust_remote_code, mesh)
         algorithms.append(KnowledgeDistillation(teacher, training.distillation))
     return algorithms
 
@@ -255,6 +262,7 @@ def build_callbacks(
             flops_per_token=flops.flops_per_token(config.model, training.stage.sequence_length),
             peak_flops=peak_flops,
             clipping=clipping,
+            data_copies=config.distributed.tensor_parallel_degree,
             price_per_gpu_hour=config.logging.price_per_gpu_hour,
         ),
         Samples(folder / "samples.jsonl", training.samples, tokenizer, template, training.checkpoint_interval),
@@ -264,7 +272,7 @@ def build_callbacks(
             training.keep_checkpoints,
             model.model,
             tokenizer.vocabulary,
-            rows_per_step(training.stage),
+            rows_per_step(config),
         ),
     ]
 

@@ -68,7 +68,7 @@ class Corpus:
         (folder / "recipe.yaml").write_text(
             "defaults: [{model: tiny}, {training: pretrain_phase1}, {data: small}, {distributed: single_gpu},"
             " {logging: console}, _self_]\n"
-            "model: {num_layers: 2, num_heads: 4, num_kv_heads: 2, hidden_size: 32, intermediate_size: 64,"
+            "model: {num_layers: 2, num_heads: 8, num_kv_heads: 4, hidden_size: 32, intermediate_size: 64,"
             " head_dim: 8, vocab_size: 320}\n"
             "training:\n  stage: {tokens: 5120, sequence_length: 32, batch_size_per_gpu: 4, warmup: 10%}\n"
             "  precision: fp32\n  checkpoint_interval: 10\n  samples: {prompts: [the model], max_new_tokens: 3}\n"

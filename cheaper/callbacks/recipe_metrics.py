@@ -31,6 +31,7 @@ class RecipeMetrics(Callback):
         flops_per_token: Forward and backward, see ``cheaper.flops``.
         peak_flops: FLOP/s of one device.
         clipping: The run's gradient clipping, for the norm.
+        data_copies: Devices that see the same rows.
         price_per_gpu_hour: Price of one device for one hour.
     """
 
@@ -41,11 +42,12 @@ class RecipeMetrics(Callback):
         flops_per_token: float,
         peak_flops: float,
         clipping: GradientClipping,
+        data_copies: int = 1,
         price_per_gpu_hour: float | None = None,
     ):
         self.streams, self.interval = streams, interval
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.clipping, self.price_per_gpu_hour = clipping, price_per_gpu_hour
+        self.clipping, self.data_copies, self.price_per_gpu_hour = clipping, data_copies, price_per_gpu_hour
         self.stream_tokens = torch.zeros(len(streams), dtype=torch.int64)  # all ranks, up to the last record
         self._new_stream_tokens = torch.zeros_like(self.stream_tokens)  # this rank, since then
         self._sums: dict[str, torch.Tensor] = {}  # over this rank's targets since the last record, and their number
@@ -105,22 +107,24 @@ class RecipeMetrics(Callback):
     def _summed_over_ranks(self) -> dict[str, float]:
         values = torch.stack(list(self._sums.values()))
         dist.all_reduce(values)
-        return dict(zip(self._sums, values.tolist(), strict=True))
+        return dict(zip(self._sums, (values / self.data_copies).tolist(), strict=True))
 
-    def _add_stream_tokens(self) -> None:
+    def _new_tokens_over_ranks(self) -> torch.Tensor:
         counts = self._new_stream_tokens.to(self._device, copy=True)
         dist.all_reduce(counts)
-        self.stream_tokens += counts.cpu()
+        return counts.cpu() // self.data_copies
+
+    def _add_stream_tokens(self) -> None:
+        self.stream_tokens += self._new_tokens_over_ranks()
         self._new_stream_tokens.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         # Rank 0 writes the checkpoint, and this is called on every rank: sum over ranks what it must remember.
-        tokens = self._new_stream_tokens.to(self._device, copy=True)
-        dist.all_reduce(tokens)
+        tokens = self.stream_tokens + self._new_tokens_over_ranks()
         sums = self._summed_over_ranks() if self._sums else {}
-        return {"sums": sums, "stream_tokens": self.stream_tokens + tokens.cpu(), "streams": self.streams}
+        return {"sums": sums, "stream_tokens": tokens, "streams": self.streams}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream_tokens = state["stream_tokens"]
-        mine = float(dist.get_global_rank() == 0)
+        mine = self.data_copies * float(dist.get_global_rank() == 0)
         self._sums = {name: torch.tensor(value * mine, dtype=torch.float64) for name, value in state["sums"].items()}

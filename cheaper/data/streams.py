@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from composer.core import DataSpec
+from composer.utils import dist
 from streaming import Stream, StreamingDataset
 from streaming.base.storage import CloudDownloader
 from torch.utils.data import DataLoader
@@ -86,7 +87,9 @@ def epoch_tokens(data: DataConfig, manifests: dict[str, Manifest]) -> float:
     return row_length(data, manifests) * sum(manifests[name].rows for name in mixed_streams(data))
 
 
-def build_dataloader(data: DataConfig, manifests: dict[str, Manifest], batch_size: int, seed: int) -> DataSpec:
+def build_dataloader(
+    data: DataConfig, manifests: dict[str, Manifest], batch_size: int, seed: int, copies: int = 1
+) -> DataSpec:
     """The training data of one device.
 
     Args:
@@ -94,6 +97,7 @@ def build_dataloader(data: DataConfig, manifests: dict[str, Manifest], batch_siz
         manifests: What ``check_shards`` found.
         batch_size: Rows per device and optimizer step.
         seed: Seed of the shuffle.
+        copies: Neighbouring devices that see the same rows.
     """
     # Streaming's proportions are of rows, ours of tokens.
     rows = {
@@ -103,17 +107,19 @@ def build_dataloader(data: DataConfig, manifests: dict[str, Manifest], batch_siz
     streams = [Stream(**location(data, name), **({} if whole else {"proportion": rows[name]})) for name in rows]
     teacher = next(iter(manifests.values())).teacher
     order = {"shuffle": data.shuffle, "shuffle_seed": seed, "teacher": teacher}
-    return _dataloader(data, streams, batch_size, data.num_workers, **order)
+    return _dataloader(data, streams, batch_size, data.num_workers, copies, **order)
 
 
-def build_held_out(data: DataConfig, name: str, batch_size: int) -> DataSpec:
+def build_held_out(data: DataConfig, name: str, batch_size: int, copies: int = 1) -> DataSpec:
     """One of ``data.held_out``, always in the same order."""
-    return _dataloader(data, [Stream(**location(data, name))], batch_size, num_workers=0, shuffle=False)
+    return _dataloader(data, [Stream(**location(data, name))], batch_size, 0, copies, shuffle=False)
 
 
 def _dataloader(
-    data: DataConfig, streams: list[Stream], batch_size: int, num_workers: int, **arguments: Any
+    data: DataConfig, streams: list[Stream], batch_size: int, num_workers: int, copies: int, **arguments: Any
 ) -> DataSpec:
+    if copies > 1:
+        arguments["replication"] = copies
     nodes = data.canonical_nodes
     dataset = MixedTokenDataset(streams=streams, batch_size=batch_size, num_canonical_nodes=nodes, **arguments)
     loader = DataLoader(
@@ -124,7 +130,12 @@ def _dataloader(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_parent,
     )
-    return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
+    counted = dist.get_global_rank() % copies == 0  # Composer adds up what devices say: each row is said once
+    return DataSpec(
+        loader,
+        get_num_samples_in_batch=lambda batch: len(batch["row_tokens"]) * counted,
+        get_num_tokens_in_batch=lambda batch: count_tokens(batch, counted),
+    )
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
@@ -187,9 +198,10 @@ def _has_loss(row: dict[str, Any]) -> torch.Tensor:
     return torch.repeat_interleave(torch.arange(len(runs)) % 2 == 1, runs)
 
 
-def count_tokens(batch: dict[str, torch.Tensor]) -> dict[str, int]:
+def count_tokens(batch: dict[str, torch.Tensor], counted: bool = True) -> dict[str, int]:
     """Tokens without padding, and the targets among them, by which Composer weighs micro-batches and ranks."""
-    return {"total": int(batch["row_tokens"].sum()), "loss_generating": int(count_targets(batch["labels"]))}
+    total = int(batch["row_tokens"].sum()) * counted
+    return {"total": total, "loss_generating": int(count_targets(batch["labels"]))}
 
 
 def check_shards(

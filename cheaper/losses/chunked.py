@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
+from cheaper.losses.words import Words
+
 IGNORED = -100
 CHUNK_BYTES = 2**28  # of logits at a time: the more, the fewer passes over the matrix and its gradient
 SLICE_BYTES = {"cpu": 2**24}  # of them in fp32 to work on at a time: what a processor's caches hold; elsewhere a chunk
@@ -25,7 +27,9 @@ Work = Callable[[torch.Tensor, slice, bool], tuple[torch.Tensor, ...]]
 Objective = Callable[[slice], Work]
 
 
-def chunked_loss(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, objective: Objective) -> tuple[torch.Tensor, ...]:
+def chunked_loss(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, words: Words, objective: Objective
+) -> tuple[torch.Tensor, ...]:
     """Sums what ``objective`` makes of ``hidden · weightᵀ`` over chunks of tokens.
 
     Matrix products run in autocast's type where autocast is on; the gradient of ``weight`` is summed over chunks in
@@ -33,31 +37,32 @@ def chunked_loss(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, objective: Ob
 
     Args:
         hidden_ND: Floating point.
-        weight_VD: Floating point, of the same type outside autocast.
+        weight_VD: Floating point, of the same type outside autocast; may be split over processes.
+        words: Whose rows of it are here.
         objective: See ``Objective``.
 
     Returns:
-        The objective's sums; only the first is differentiable, and only once.
+        The objective's sums, the same in each process that has some of the words; only the first is differentiable,
+        and only once.
     """
-    return _ChunkedLoss.apply(hidden_ND, weight_VD, objective)
+    return _ChunkedLoss.apply(hidden_ND, words.rows(weight_VD), words, objective)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, objective):
+    def forward(ctx, hidden_ND, weight_VD, words, objective):
         device = hidden_ND.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_ND.dtype
         weight = weight_VD.to(dtype)
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        words = weight.shape[0]
-        rows = max(1, CHUNK_BYTES // (dtype.itemsize * words))
-        few = max(1, SLICE_BYTES.get(device.type, CHUNK_BYTES) // (4 * words))
+        rows = max(1, CHUNK_BYTES // (dtype.itemsize * words.most))
+        few = max(1, SLICE_BYTES.get(device.type, CHUNK_BYTES) // (4 * words.most))
         sums = None
         # Buffers that are used again: fresh memory of this size would cost a CPU more than the arithmetic in it.
-        logits_CV = hidden_ND.new_empty(min(rows, hidden_ND.shape[0]), words, dtype=dtype)
+        logits_CV = hidden_ND.new_empty(min(rows, hidden_ND.shape[0]), words.number, dtype=dtype)
         product_VD = torch.empty_like(weight) if needs_weight and hidden_ND.shape[0] > rows else None
         with torch.autocast(device.type, enabled=False):
             for start in range(0, hidden_ND.shape[0], rows):
@@ -72,6 +77,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_hidden[start : start + rows] = logits @ weight
                 if needs_weight:
                     grad_weight += torch.mm(logits.T, hidden, out=product_VD)
+        if needs_hidden:
+            grad_hidden = words.total(grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype) if needs_weight else None)
         ctx.mark_non_differentiable(*sums[1:])
         return sums
@@ -80,4 +87,4 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         # In place: the weight's gradient is large. Autograd notices if the saved tensors are asked for once more.
-        return *(None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors), None
+        return *(None if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors), None, None

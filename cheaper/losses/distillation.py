@@ -23,6 +23,7 @@ import torch
 
 from cheaper.config import DistillationConfig
 from cheaper.losses.chunked import IGNORED, Work, chunked_loss
+from cheaper.losses.words import Words
 
 SUMS = ("kd_loss", "cross_entropy", "accuracy", "teacher_agreement")
 
@@ -47,12 +48,14 @@ class SparseTeacher:
     most_likely_N: torch.Tensor
 
     @classmethod
-    def top(cls, logits_NV: torch.Tensor, k: int, temperature: float) -> SparseTeacher:
-        """The ``k`` most likely words of ``logits``, and the rest in one bucket."""
-        probabilities = (logits_NV.float() / temperature).softmax(-1)
-        kept = probabilities.topk(min(k, logits_NV.shape[-1]), dim=-1)
-        rest = probabilities.scatter_(1, kept.indices, 0).sum(-1)  # not 1 - Σ kept, which cancels
-        return cls(kept.indices, kept.values, rest, None, kept.indices[:, 0])
+    def top(cls, logits_NV: torch.Tensor, k: int, temperature: float, words: Words | None = None) -> SparseTeacher:
+        """The ``k`` most likely words of ``logits``, of which this process may have some, and the rest in one bucket."""
+        words = words or Words.all(logits_NV.shape[1])
+        probabilities, *_ = words.softmax(logits_NV.float() / temperature)
+        values, ids = words.top(probabilities, k)
+        # Not 1 - Σ kept, which cancels.
+        rest = words.total(words.put_at_(probabilities, ids, torch.zeros_like(values)).sum(-1))
+        return cls(ids, values, rest, None, ids[:, 0])
 
     @classmethod
     def sampled(cls, logits_NV: torch.Tensor, k: int, temperature: float, generator: torch.Generator) -> SparseTeacher:
@@ -90,8 +93,8 @@ def linear_distillation(
         The sum of the losses in nats (fp32 scalar, differentiable once), and the sums of ``kd_loss`` (T² · divergence),
         ``cross_entropy``, ``accuracy`` and ``teacher_agreement`` (both find the same word most likely).
     """
-    words = min(weight_VD.shape[0], teacher_weight_VE.shape[0])
-    teacher_weight = teacher_weight_VE[:words]
+    words = Words.of(weight_VD, limit=min(weight_VD.shape[0], teacher_weight_VE.shape[0]))
+    teacher_weight = words.rows(teacher_weight_VE)
 
     def objective(chunk: slice) -> Work:
         teacher_logits_CV, labels_C = teacher_hidden_NE[chunk] @ teacher_weight.T, labels_N[chunk]
@@ -99,13 +102,13 @@ def linear_distillation(
         def work(logits_CV: torch.Tensor, part: slice, needs_grad: bool) -> tuple[torch.Tensor, ...]:
             theirs, labels = teacher_logits_CV[part], labels_C[part]
             if settings.top_k:
-                teacher = SparseTeacher.top(theirs, settings.top_k, settings.temperature)
-                return _sparse_(teacher, labels, settings, logits_CV, needs_grad)
-            return _dense_(theirs, labels, settings, logits_CV, needs_grad)
+                teacher = SparseTeacher.top(theirs, settings.top_k, settings.temperature, words)
+                return _sparse_(teacher, labels, settings, words, logits_CV, needs_grad)
+            return _dense_(theirs, labels, settings, words, logits_CV, needs_grad)
 
         return work
 
-    loss, *sums = chunked_loss(hidden_ND, weight_VD[:words], objective)
+    loss, *sums = chunked_loss(hidden_ND, weight_VD, words, objective)
     return loss, dict(zip(SUMS, sums, strict=True))
 
 
@@ -123,15 +126,17 @@ def sparse_distillation(
     Anshumann et al., ACL 2025, section 4).
     """
 
+    words = Words.of(weight_VD)
+
     def objective(chunk: slice) -> Work:
         kept, labels_C = teacher.rows(chunk), labels_N[chunk]
 
         def work(logits_CV: torch.Tensor, part: slice, needs_grad: bool) -> tuple[torch.Tensor, ...]:
-            return _sparse_(kept.rows(part), labels_C[part], settings, logits_CV, needs_grad)
+            return _sparse_(kept.rows(part), labels_C[part], settings, words, logits_CV, needs_grad)
 
         return work
 
-    loss, *sums = chunked_loss(hidden_ND, weight_VD, objective)
+    loss, *sums = chunked_loss(hidden_ND, weight_VD, words, objective)
     return loss, dict(zip(SUMS, sums, strict=True))
 
 
@@ -143,45 +148,54 @@ class _Student(NamedTuple):
     most_likely_C: torch.Tensor
 
 
-def _student(logits_CV: torch.Tensor, index_C1: torch.Tensor, temperature: float) -> _Student:
-    log_q = torch.log_softmax(logits_CV if temperature == 1 else logits_CV / temperature, -1, dtype=torch.float32)
-    plain = log_q if temperature == 1 else torch.log_softmax(logits_CV, -1, dtype=torch.float32)
-    return _Student(log_q, -plain.gather(1, index_C1)[:, 0], logits_CV.argmax(-1))
+def _student(logits_CV: torch.Tensor, index_C1: torch.Tensor, temperature: float, words: Words) -> _Student:
+    log_q = words.log_softmax(logits_CV if temperature == 1 else logits_CV / temperature)
+    plain = log_q if temperature == 1 else words.log_softmax(logits_CV)
+    return _Student(log_q, -words.at(plain, index_C1)[:, 0], words.most_likely(logits_CV))
 
 
 def _dense_(
     teacher_logits_CV: torch.Tensor,
     labels_C: torch.Tensor,
     settings: DistillationConfig,
+    words: Words,
     logits_CV: torch.Tensor,
     needs_grad: bool,
 ) -> tuple[torch.Tensor, ...]:
-    student = _student(logits_CV, labels_C.clamp(min=0)[:, None], settings.temperature)
-    most_likely = teacher_logits_CV.argmax(-1)
+    student = _student(logits_CV, labels_C.clamp(min=0)[:, None], settings.temperature, words)
+    most_likely = words.most_likely(teacher_logits_CV)
     scaled = teacher_logits_CV if settings.temperature == 1 else teacher_logits_CV / settings.temperature
-    log_p_CV = torch.log_softmax(scaled, -1, dtype=torch.float32)
-    divergence, gradient = DIVERGENCES[settings.divergence](log_p_CV, student.log_q_CV, settings.beta)
-    return _finish_(student, divergence, gradient, most_likely, labels_C, settings, logits_CV, needs_grad)
+    divergence_of = DIVERGENCES[settings.divergence]
+    divergence, gradient = divergence_of(words.log_softmax(scaled), student.log_q_CV, settings.beta, words)
+    return _finish_(student, divergence, gradient, most_likely, labels_C, settings, words, logits_CV, needs_grad)
 
 
 def _sparse_(
-    teacher: SparseTeacher, labels_C: torch.Tensor, settings: DistillationConfig, logits_CV: torch.Tensor, needs_grad
+    teacher: SparseTeacher,
+    labels_C: torch.Tensor,
+    settings: DistillationConfig,
+    words: Words,
+    logits_CV: torch.Tensor,
+    needs_grad: bool,
 ) -> tuple[torch.Tensor, ...]:
-    student = _student(logits_CV, labels_C.clamp(min=0)[:, None], settings.temperature)
-    p_CK, log_q_CK = teacher.probabilities_NK, student.log_q_CV.gather(1, teacher.ids_NK)
+    student = _student(logits_CV, labels_C.clamp(min=0)[:, None], settings.temperature, words)
+    ids_CK, p_CK = teacher.ids_NK, teacher.probabilities_NK
+    log_q_CK = words.at(student.log_q_CV, ids_CK)
     cross = -(p_CK * log_q_CK).sum(-1)
     q_CV = student.log_q_CV.exp_()
     if teacher.tail_N is None:
         divergence = cross - teacher.entropy_N
     else:
         # The words that were kept stand on their own, all others are one word of probability q_tail.
-        rest_CV = q_CV.scatter_(1, teacher.ids_NK, 0)
-        q_tail = rest_CV.sum(-1).clamp(min=1e-30)
+        rest_CV = words.put_at_(q_CV, ids_CK, torch.zeros_like(p_CK))
+        q_tail = words.total(rest_CV.sum(-1)).clamp(min=1e-30)
         divergence = cross - teacher.tail_N * q_tail.log() + torch.xlogy(p_CK, p_CK).sum(-1)
         divergence += torch.xlogy(teacher.tail_N, teacher.tail_N)
-        q_CV = rest_CV.mul_(1 - teacher.tail_N[:, None] / q_tail[:, None]).scatter_(1, teacher.ids_NK, log_q_CK.exp())
-    gradient = q_CV.scatter_add_(1, teacher.ids_NK, -p_CK)
-    return _finish_(student, divergence, gradient, teacher.most_likely_N, labels_C, settings, logits_CV, needs_grad)
+        q_CV = words.put_at_(rest_CV.mul_(1 - teacher.tail_N[:, None] / q_tail[:, None]), ids_CK, log_q_CK.exp())
+    gradient = words.add_at_(q_CV, ids_CK, -p_CK)
+    return _finish_(
+        student, divergence, gradient, teacher.most_likely_N, labels_C, settings, words, logits_CV, needs_grad
+    )
 
 
 def _finish_(
@@ -191,6 +205,7 @@ def _finish_(
     teacher_most_likely_C: torch.Tensor,
     labels_C: torch.Tensor,
     settings: DistillationConfig,
+    words: Words,
     logits_CV: torch.Tensor,
     needs_grad: bool,
 ) -> tuple[torch.Tensor, ...]:
@@ -200,9 +215,9 @@ def _finish_(
     if needs_grad:
         gradient_CV.mul_(alpha * temperature)
         if alpha != 1:
-            gradient_CV.add_(logits_CV.softmax(-1, dtype=torch.float32), alpha=1 - alpha)
+            gradient_CV.add_(words.softmax(logits_CV)[0], alpha=1 - alpha)
             index = labels_C.clamp(min=0)[:, None]
-            gradient_CV.scatter_add_(1, index, torch.full_like(index, alpha - 1, dtype=torch.float32))
+            words.add_at_(gradient_CV, index, torch.full_like(index, alpha - 1, dtype=torch.float32))
         logits_CV.copy_(gradient_CV.mul_(is_target[:, None]))
     sums = (
         alpha * kd + (1 - alpha) * student.cross_entropy_C,
@@ -217,27 +232,29 @@ def _finish_(
 # ---- divergences: of log p and log q [C, V] (which they may overwrite), per token, and their gradients with respect to
 # the student's logits at the temperature
 
+Divergence = tuple[torch.Tensor, torch.Tensor]
 
-def _forward_kl(log_p: torch.Tensor, log_q: torch.Tensor, _beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+
+def _forward_kl(log_p: torch.Tensor, log_q: torch.Tensor, _beta: float, words: Words) -> Divergence:
     """KL(p‖q) = Σ p (log p - log q); its gradient is q - p."""
     p, q = log_p.exp(), log_q.exp()
-    return torch.linalg.vecdot(p, log_p.sub_(log_q)), q.sub_(p)
+    return words.total(torch.linalg.vecdot(p, log_p.sub_(log_q))), q.sub_(p)
 
 
-def _reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor, _beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _reverse_kl(log_p: torch.Tensor, log_q: torch.Tensor, _beta: float, words: Words) -> Divergence:
     """KL(q‖p) = Σ q (log q - log p)."""
     q, slope = log_q.exp(), log_q - log_p
-    divergence = torch.linalg.vecdot(q, slope)
+    divergence = words.total(torch.linalg.vecdot(q, slope))
     return divergence, q.mul_(slope.sub_(divergence[:, None]))
 
 
-def _jensen_shannon(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _jensen_shannon(log_p: torch.Tensor, log_q: torch.Tensor, beta: float, words: Words) -> Divergence:
     """β·KL(p‖m) + (1 - β)·KL(q‖m) with m = βp + (1 - β)q (Agarwal et al., arXiv 2306.13649, equation 1)."""
     p, q = log_p.exp(), log_q.exp()
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
     slope = log_q - log_m
-    own = torch.linalg.vecdot(q, slope)
-    divergence = beta * torch.linalg.vecdot(p, log_p.sub_(log_m)) + (1 - beta) * own
+    own = words.total(torch.linalg.vecdot(q, slope))
+    divergence = beta * words.total(torch.linalg.vecdot(p, log_p.sub_(log_m))) + (1 - beta) * own
     return divergence, q.mul_(slope.sub_(own[:, None])).mul_(1 - beta)
 
 

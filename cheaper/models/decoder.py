@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cheaper.config import ModelConfig
 from cheaper.losses.chunked import IGNORED
@@ -75,7 +76,7 @@ class Decoder(nn.Module):
             self.param_init_fn(module)
 
     def param_init_fn(self, module: nn.Module) -> None:
-        """Initialises what ``module`` itself owns. Composer calls it on each module that was made without memory."""
+        """Initialises what ``module`` itself owns."""
         std = self.config.initializer_std
         written_std = std / math.sqrt(2 * self.config.num_layers)
         if isinstance(module, nn.RMSNorm):
@@ -96,10 +97,6 @@ class Decoder(nn.Module):
         networks = [block.feed_forward for block in self.blocks]
         dense = [network.shared if isinstance(network, Experts) else network for network in networks]
         return {*(block.attention.wo for block in self.blocks), *(network.down for network in dense)}
-
-    def fsdp_wrap_fn(self, module: nn.Module) -> bool:
-        """Tells Composer to shard block by block; embedding, last norm and head stay in the root's group."""
-        return isinstance(module, Block)
 
     def forward(
         self,
@@ -125,7 +122,7 @@ class Decoder(nn.Module):
         """
         hidden_BTD = self.hidden(input_ids_BT, document_lengths_BN)
         if labels_BT is None:
-            return F.linear(hidden_BTD, self.output_weight)
+            return F.linear(hidden_BTD, whole(self.output_weight))
         loss_sum, sums = loss(predictors(hidden_BTD), self.output_weight, targets(labels_BT))
         return LossOutput(loss_sum, count_targets(labels_BT), sums)
 
@@ -149,7 +146,7 @@ class Decoder(nn.Module):
             x_BTD = block(x_BTD, rotation, document_lengths_BN, layer)
         if cache:
             cache.passed()
-        return self.norm(x_BTD)
+        return whole(self.norm(x_BTD))
 
     def next_token_logits(self, input_ids_BT: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         """Logits [B, V] of the token after each text.
@@ -160,7 +157,13 @@ class Decoder(nn.Module):
         """
         ends_B = 0 if cache.has_prompts else cache.lengths_B - 1
         hidden_BTD = self.hidden(input_ids_BT, cache=cache)
-        return F.linear(hidden_BTD[torch.arange(len(hidden_BTD), device=hidden_BTD.device), ends_B], self.output_weight)
+        last_BD = hidden_BTD[torch.arange(len(hidden_BTD), device=hidden_BTD.device), ends_B]
+        return F.linear(last_BD, whole(self.output_weight))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which each process has a part."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def predictors(x_BTD: torch.Tensor) -> torch.Tensor:

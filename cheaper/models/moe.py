@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 from cheaper.config import ModelConfig
 from cheaper.models.attention import causal_attention
@@ -41,16 +42,17 @@ class LatentAttention(nn.Module):
         document_lengths_BN: torch.Tensor | None,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        latent, heads, turned = self.config.latent_attention, self.config.num_heads, self.config.head_dim
-        q_BTHE = self.wq_up(self.query_norm(self.wq_down(x_BTD))).unflatten(-1, (heads, -1))
+        latent, turned = self.config.latent_attention, self.config.head_dim
+        q_BTHE = self.wq_up(self.query_norm(self.wq_down(x_BTD))).unflatten(-1, (-1, latent.plain_dim + turned))
         q_plain, q_turned = q_BTHE.split([latent.plain_dim, turned], -1)
         latent_BTR, k_turned_BTE = self.wkv_down(x_BTD).split([latent.key_value_rank, turned], -1)
         k_plain, v_BTHE = (
             self.wkv_up(self.key_value_norm(latent_BTR))
-            .unflatten(-1, (heads, -1))
+            .unflatten(-1, (-1, latent.plain_dim + latent.value_dim))
             .split([latent.plain_dim, latent.value_dim], -1)
         )
-        k_turned = rotate(k_turned_BTE[:, :, None], rotation).to(v_BTHE.dtype).expand(-1, -1, heads, -1)
+        k_turned = rotate(_shared(k_turned_BTE)[:, :, None], rotation).to(v_BTHE.dtype)
+        k_turned = k_turned.expand(-1, -1, v_BTHE.shape[2], -1)
         q_BTHE = torch.cat([q_plain, rotate(q_turned, rotation).to(q_plain.dtype)], -1)
         k_BTHE = torch.cat([k_plain, k_turned], -1)
         # Attention kernels take values as wide as the keys.
@@ -81,7 +83,7 @@ class Router(nn.Module):
         """Experts [N, P] and their weights [N, P], fp32."""
         settings = self.experts
         with torch.autocast(x_ND.device.type, enabled=False):
-            scores_NX = F.linear(x_ND.float(), self.weight.float()).sigmoid()
+            scores_NX = F.linear(x_ND.float(), _shared(self.weight).float()).sigmoid()
         with torch.no_grad():
             biased_NGX = (scores_NX + self.bias).unflatten(-1, (settings.groups, -1))
             groups_NG = biased_NGX.topk(2, -1).values.sum(-1).topk(settings.groups_kept, -1).indices
@@ -94,7 +96,11 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """A shared network for every token, and for each the few of many small ones that the router chooses."""
+    """A shared network for every token, and for each the few of many small ones that the router chooses.
+
+    Under expert parallelism each process has some experts and sees the tokens of all: it adds what its experts give,
+    and the sum over processes is left to each for its own tokens.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -106,16 +112,28 @@ class Experts(nn.Module):
         self.shared = FeedForward(width, settings.shared * settings.intermediate_size)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        x_ND = x_BTD.flatten(0, 1)
+        x_ND = _shared(x_BTD).flatten(0, 1)
         experts_NP, weights_NP = self.router(x_ND)
         # Tokens in the order of their experts, so that each expert's are one block.
         order = experts_NP.flatten().argsort(stable=True)
-        tokens = order // experts_NP.shape[1]
         counts_X = torch.bincount(experts_NP.flatten(), minlength=len(self.gate))
-        out = self._each_on_its_own(x_ND[tokens], counts_X) * weights_NP.flatten()[order, None].to(x_ND.dtype)
-        return self.shared(x_BTD) + torch.zeros_like(x_ND).index_add(0, tokens, out.to(x_ND.dtype)).view_as(x_BTD)
+        networks = (self.gate, self.up, self.down)
+        if split := isinstance(self.gate, DTensor):
+            networks = [weight.to_local() for weight in networks]
+            first = self.gate.device_mesh.get_local_rank() * len(networks[0])
+            before, here, _ = counts_X.split([first, len(networks[0]), len(counts_X) - first - len(networks[0])])
+            order, counts_X = order[before.sum() :][: here.sum()], here
+        tokens = order // experts_NP.shape[1]
+        out = self._each_on_its_own(x_ND[tokens], counts_X, *networks)
+        out = out * weights_NP.flatten()[order, None].to(x_ND.dtype)
+        routed = torch.zeros_like(x_ND).index_add(0, tokens, out.to(x_ND.dtype)).view(x_BTD.shape)
+        if split:
+            routed = DTensor.from_local(routed, self.gate.device_mesh, [Partial()]).redistribute(placements=[Shard(1)])
+        return self.shared(x_BTD) + routed
 
-    def _each_on_its_own(self, x_MD: torch.Tensor, counts_X: torch.Tensor) -> torch.Tensor:
+    def _each_on_its_own(
+        self, x_MD: torch.Tensor, counts_X: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
+    ) -> torch.Tensor:
         """Each expert on its block of tokens, [M, D]."""
         if x_MD.device.type == "cuda" and hasattr(torch, "_grouped_mm"):
             ends_X = counts_X.cumsum(0).int()
@@ -123,9 +141,14 @@ class Experts(nn.Module):
             def product(a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
                 return torch._grouped_mm(a.bfloat16(), weight.bfloat16().transpose(1, 2), offs=ends_X)
 
-            return product(F.silu(product(x_MD, self.gate)) * product(x_MD, self.up), self.down)
+            return product(F.silu(product(x_MD, gate)) * product(x_MD, up), down)
         blocks = x_MD.split(counts_X.tolist())
-        networks = zip(blocks, self.gate, self.up, self.down, strict=True)
+        networks = zip(blocks, gate, up, down, strict=True)
         return torch.cat(
             [F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down) for x, gate, up, down in networks]
         )
+
+
+def _shared(tensor: torch.Tensor) -> torch.Tensor:
+    """What each process has of a tensor that all have whole, where its gradient is the sum of what each makes of it."""
+    return tensor.to_local(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor

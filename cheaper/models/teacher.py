@@ -9,11 +9,14 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
 
 from cheaper.checkpoints import find_model, load_decoder, model_record
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
+from cheaper.distributed.sharding import divide, set_weights, shard
 from cheaper.errors import UserError
-from cheaper.models.decoder import row_positions
+from cheaper.models.decoder import Decoder, row_positions
 
 
 class Teacher(Protocol):
@@ -55,7 +58,13 @@ def check_teacher(source: str, tokenizer: Tokenizer) -> Path:
     return path
 
 
-def load_teacher(path: Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Teacher:
+def load_teacher(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    mesh: DeviceMesh | None = None,
+) -> Teacher:
     """Loads a frozen model.
 
     Args:
@@ -63,15 +72,31 @@ def load_teacher(path: Path, device: torch.device, dtype: torch.dtype, trust_rem
         device: Where it computes.
         dtype: Of its weights.
         trust_remote_code: Let a repository run its own code.
+        mesh: Over which it is divided as the student is; every process has a whole one without.
 
     Raises:
         UserError: It cannot be read, or its logits are not hidden states times a matrix.
     """
     if path.is_file() or _config(path).get("model_type") in ("llama", "llama4_text"):
         teacher = load_decoder(path)
+        if mesh:
+            teacher = _divided(teacher, mesh, dtype)
     else:
         teacher = TransformersModel.load(path, dtype, trust_remote_code)
+        if mesh:
+            teacher.requires_grad_(False)
+            shard(teacher, teacher.layers, mesh, dtype, cpu_offload=False)
+            register_fsdp_forward_method(teacher, "hidden")
     return teacher.to(device, dtype).requires_grad_(False).eval()
+
+
+def _divided(teacher: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> Decoder:
+    """This process's share of ``teacher``, whose tensors are read from their file no further than they are needed."""
+    with torch.device("meta"):
+        share = Decoder(teacher.config).to(dtype).requires_grad_(False)
+    divide(share, mesh, dtype, cpu_offload=False)
+    set_weights(share, teacher.state_dict())
+    return share
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -108,6 +133,11 @@ class TransformersModel(nn.Module):
         if not torch.allclose(ours.float(), logits.float(), atol=1e-2, rtol=1e-2):
             raise UserError(f"training.teacher_model {source}: its logits are not hidden states times a matrix")
         return teacher
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The model's blocks: its longest list of modules."""
+        return max((module for module in self.modules() if isinstance(module, nn.ModuleList)), key=len)
 
     @property
     def output_weight(self) -> torch.Tensor:

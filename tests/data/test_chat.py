@@ -167,7 +167,7 @@ def test_as_transformers_does_it(sample_folder, engine):
         assert chat.ids.tolist() == expected["input_ids"]
         assert chat.loss.astype(int).tolist() == expected["assistant_masks"]
         prompt = theirs.apply_chat_template(
-            messages[:-1], chat_template=template.source, add_generation_prompt=True, tokenize=True
+            messages[:-1], chat_template=template.source, add_generation_prompt=True, return_dict=False
         )
         assert template.prompt(messages[:-1]).tolist() == prompt
 
