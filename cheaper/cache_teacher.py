@@ -100,7 +100,7 @@ def check_cache(config: RunConfig, manifests: dict[str, Manifest]) -> None:
 
 def fingerprint(path: Path) -> str:
     """Tells models apart by the sizes of their files and a sample of their bytes; reading all would take minutes."""
-    files = [path] if path.is_file() else [*sorted(path.glob("*.safetensors")), path / "config.json"]
+    files = [path] if path.is_file() else sorted(path.iterdir())
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -1,16 +1,14 @@
-"""Checkpoints: written so that the newest is always whole, read so that a foreign one never runs code.
+"""Checkpoints are read so that a foreign one never runs code.
 
-``step-<n>.pt`` is a whole training state in Composer's format. It is written beside its final name, flushed to the
-disk, then renamed.
+``step-<n>.pt`` is a whole training state in Composer's format; ``step-<n>/`` one of a model divided over devices, see
+``cheaper.distributed.shard_files``. ``cheaper.callbacks.checkpointer`` writes them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import os
-import signal
-import time
+import importlib.metadata
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,15 +17,16 @@ from typing import Any
 import composer.utils.checkpoint as composer_checkpoint
 import numpy as np
 import torch
-from composer.core import Algorithm, Callback, State
-from composer.loggers import Logger
+from composer.core import Algorithm
 from composer.utils import dist
 from torch import nn
 
+import cheaper
 from cheaper.config import ExpertsConfig, LatentAttentionConfig, ModelConfig, RopeScalingConfig
+from cheaper.distributed.shard_files import OPTIMIZER, RUN, fill_from_shards, is_shards, weights_in, whole_tensors
 from cheaper.distributed.sharding import set_weights
 from cheaper.errors import UserError
-from cheaper.files import publish
+from cheaper.files import newest_checkpoint, publish
 from cheaper.models import hf
 from cheaper.models.decoder import Decoder
 
@@ -78,13 +77,8 @@ def without_foreign_algorithms(own: Sequence[Algorithm]) -> Callable[[dict[str, 
     return keep_own
 
 
-def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of the highest step in ``folder``; unfinished files do not count."""
-    return max(Path(folder).glob("step-*.pt"), default=None)
-
-
 def find_model(path: str, key: str) -> Path:
-    """The checkpoint file or ``transformers`` folder that holds the weights at ``path``.
+    """The checkpoint or ``transformers`` folder that holds the weights at ``path``.
 
     Args:
         path: A Composer checkpoint, a run folder (its newest checkpoint), a ``transformers`` folder, or a hub id, which
@@ -97,11 +91,16 @@ def find_model(path: str, key: str) -> Path:
     source = Path(path)
     if source.is_dir() and (newest := newest_checkpoint(source)):
         return newest
-    if source.is_file() or (source / "config.json").is_file():
+    if is_checkpoint(source) or (source / "config.json").is_file():
         return source
     if source.exists():
-        raise UserError(f"{key} {path}: holds neither step-*.pt nor a transformers model")
+        raise UserError(f"{key} {path}: holds neither a checkpoint step-* nor a transformers model")
     return hf.download(path, key)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is a checkpoint of ours, in one file or in shards."""
+    return path.is_file() or is_shards(path)
 
 
 def load_weights(decoder: Decoder, path: str) -> None:
@@ -111,9 +110,8 @@ def load_weights(decoder: Decoder, path: str) -> None:
         UserError: Nothing is there, or the weights have other names, shapes or rotary positions than the model.
     """
     source = find_model(path, "training.checkpoint_path")
-    if source.is_file():
-        checkpoint = safe_load(source)
-        weights, config = model_weights(checkpoint), _model_config(_record(checkpoint, source))
+    if is_checkpoint(source):
+        weights, config = load_model_weights(source), _model_config(model_record(source))
     else:
         weights, config = hf.load_weights(source), hf.load_config(source)
     check_shapes(decoder, weights, str(source))
@@ -121,7 +119,10 @@ def load_weights(decoder: Decoder, path: str) -> None:
         trained, ours = getattr(config, key), getattr(decoder.config, key)
         if trained != ours:
             raise UserError(f"checkpoint {source} was trained with model.{key}={trained}, the run has {ours}")
-    set_weights(decoder, weights)
+    if is_shards(source):
+        fill_from_shards(decoder.state_dict(), source)
+    else:
+        set_weights(decoder, weights)
 
 
 def load_decoder(source: Path) -> Decoder:
@@ -130,28 +131,26 @@ def load_decoder(source: Path) -> Decoder:
     Raises:
         UserError: It is not readable, or another kind of model.
     """
-    if not source.is_file():
+    if not is_checkpoint(source):
         return hf.load_pretrained(source)
-    checkpoint = safe_load(source)
     with torch.device("meta"):
-        decoder = Decoder(_model_config(_record(checkpoint, source)))
-    weights = model_weights(checkpoint)
+        decoder = Decoder(_model_config(model_record(source)))
+    weights = load_model_weights(source)
     check_shapes(decoder, weights, str(source))
+    if is_shards(source):
+        weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in weights.items()}
+        fill_from_shards(weights, source)
     decoder.load_state_dict(weights, assign=True)
     return decoder
 
 
 def model_record(source: Path) -> dict[str, Any]:
-    """What the checkpoint file ``source`` says of its model: ``model``, its shape, and the tokenizer's ``vocabulary``.
+    """What the checkpoint ``source`` says of its run, see ``cheaper.callbacks.checkpointer``.
 
     Raises:
         UserError: It says nothing.
     """
-    return _record(safe_load(source), source)
-
-
-def _record(checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
-    record = checkpoint["state"]["callbacks"].get(Checkpointer.__name__)
+    record = safe_load(run_file(source))["state"]["callbacks"].get("Checkpointer")
     if not record:
         raise UserError(f"checkpoint {source}: does not say of which model it is; it was not written by this package")
     return record
@@ -170,9 +169,41 @@ def _model_config(record: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**{**shape, **sections})
 
 
+def run_file(source: Path) -> Path:
+    """The file in which Composer finds a run's state."""
+    return source / RUN if is_shards(source) else source
+
+
+def load_model_weights(source: Path) -> dict[str, torch.Tensor]:
+    """The decoder's tensors in the checkpoint ``source``, under the decoder's own names; of shards only what they are.
+
+    Raises:
+        UserError: It is not readable.
+    """
+    return weights_in(source) if is_shards(source) else model_weights(safe_load(source))
+
+
 def model_weights(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The decoder's tensors in a Composer checkpoint, under the decoder's own names."""
     return {name.removeprefix("model."): tensor for name, tensor in checkpoint["state"]["model"].items()}
+
+
+def consolidate(source: Path, target: Path) -> None:
+    """Puts the shards in ``source`` together in one file in Composer's format, with which the run can go on as well.
+
+    Raises:
+        UserError: ``source`` is not readable or has no shards, or ``target`` is there.
+    """
+    if not is_shards(source):
+        raise UserError(f"checkpoint {source}: expected a folder with shards")
+    if target.exists():
+        raise UserError(f"{target}: is there already; choose another file")
+    whole, tensors = safe_load(source / RUN), whole_tensors(source)
+    moments = {"state": tensors["optimizer"], "param_groups": safe_load(source / OPTIMIZER)}
+    whole["state"] |= {"model": tensors["model"], "optimizers": {"AdamW": moments}}
+    partial = target.with_name(f".partial-{target.name}")
+    torch.save(whole, partial)
+    publish(partial, target)
 
 
 def check_shapes(decoder: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
@@ -187,9 +218,25 @@ def check_shapes(decoder: nn.Module, weights: dict[str, torch.Tensor], source: s
         raise UserError(f"checkpoint {source}: has {sorted(extra)[0]}, which this model lacks; it is of another model")
 
 
-def check_same_steps(checkpoint: dict[str, Any], rows: int, source: Path) -> None:
-    """Raises ``UserError`` if the steps of the run in ``checkpoint`` were not of so many rows over all processes."""
-    before = _record(checkpoint, source)["rows_per_step"]
+def check_resume(source: Path, decoder: Decoder, rows: int) -> None:
+    """Refuses a checkpoint that the run cannot go on from, and says so if other versions wrote it.
+
+    Args:
+        source: The checkpoint.
+        decoder: Of the run.
+        rows: In a step, over all processes.
+
+    Raises:
+        UserError: It is of another model, or its steps had another number of rows.
+    """
+    check_shapes(decoder, load_model_weights(source), str(source))
+    record = model_record(source)
+    before, ours = record["rows_per_step"], versions()
+    if dist.get_global_rank() == 0:
+        for package, version in record.get("versions", {}).items():
+            if version != ours[package]:
+                told = f"{source} was written with {package} {version}, this is {ours[package]}"
+                print(f"warning: {told}; the run goes on, perhaps not bit for bit", file=sys.stderr)
     if before != rows:
         raise UserError(
             f"training.stage: a step has {rows} rows over all processes, the run to resume had {before} ({source}); "
@@ -197,85 +244,8 @@ def check_same_steps(checkpoint: dict[str, Any], rows: int, source: Path) -> Non
         )
 
 
-class Stopped(Exception):  # noqa: N818  it is no error: the user asked for it
-    """Training ended early because a signal asked for it; a checkpoint has been written."""
-
-    def __init__(self, signum: int, checkpoint: Path):
-        super().__init__(f"stopped by {signal.Signals(signum).name}; checkpoint {checkpoint}")
-        self.signum = signum
-
-
-class Checkpointer(Callback):
-    """Writes a checkpoint every ``interval`` steps, at the end, and when SIGTERM or Ctrl-C asks the run to stop.
-
-    A second Ctrl-C, a second or more after the first, stops at once.
-
-    Args:
-        folder: Where ``step-<n>.pt`` go.
-        interval: Steps between two checkpoints.
-        keep: How many of the newest to keep.
-        decoder: Its configuration, as it is when a checkpoint is written, goes into the checkpoint.
-        vocabulary: The tokenizer's; goes into the checkpoint too.
-        rows_per_step: Of all processes; goes into the checkpoint too.
-    """
-
-    def __init__(self, folder: Path, interval: int, keep: int, decoder: Decoder, vocabulary: str, rows_per_step: int):
-        self.folder, self.interval, self.keep = folder, interval, keep
-        self.decoder, self.vocabulary, self.rows_per_step = decoder, vocabulary, rows_per_step
-        self.stop_signal = 0
-        self._stopped_at = 0.0
-        self._previous_handlers: dict[int, Any] = {}
-
-    def fit_start(self, state: State, logger: Logger) -> None:
-        if dist.get_global_rank() == 0:
-            for partial in self.folder.glob(".partial-*"):  # of a run that was killed while it saved
-                partial.unlink()
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self._previous_handlers[signum] = signal.signal(signum, self._on_signal)
-
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        step = int(state.timestamp.batch)
-        finished = state.timestamp >= state.max_duration
-        signum = _highest_over_ranks(self.stop_signal, state)
-        if finished or signum or step % self.interval == 0:
-            path = self._save(state, step)
-            if signum and not finished:
-                raise Stopped(signum, path)
-
-    def state_dict(self) -> dict[str, Any]:
-        model = dataclasses.asdict(self.decoder.config)
-        return {"model": model, "vocabulary": self.vocabulary, "rows_per_step": self.rows_per_step}
-
-    def close(self, state: State, logger: Logger) -> None:
-        for signum, handler in self._previous_handlers.items():
-            signal.signal(signum, handler)
-
-    def _on_signal(self, signum: int, frame: Any) -> None:
-        # Launchers pass Ctrl-C on to processes that the terminal has already told: that is not a second wish.
-        if self.stop_signal and signum == signal.SIGINT and time.monotonic() - self._stopped_at > 1:
-            os._exit(128 + signum)
-        if not self.stop_signal:
-            self.stop_signal, self._stopped_at = signum, time.monotonic()
-
-    def _save(self, state: State, step: int) -> Path:
-        final = self.folder / f"step-{step:08d}.pt"
-        partial = self.folder / f".partial-{final.name}"  # Composer takes anything after ".pt" for a compression
-        try:
-            composer_checkpoint.save_checkpoint(state, str(partial))
-            if dist.get_global_rank() == 0:
-                publish(partial, final)
-                for old in sorted(self.folder.glob("step-*.pt"))[: -self.keep]:
-                    old.unlink()
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:160]
-            raise UserError(f"checkpoint {final} could not be written: {reason}; the earlier ones are whole") from error
-        return final
-
-
-def _highest_over_ranks(value: int, state: State) -> int:
-    if dist.get_world_size() == 1:
-        return value
-    tensor = state.device.tensor_to_device(torch.tensor(value))
-    dist.all_reduce(tensor, reduce_operation="MAX")
-    return int(tensor)
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a checkpoint holds and what a step computes."""
+    packages = {"torch": "torch", "composer": "mosaicml", "transformers": "transformers"}
+    others = {name: importlib.metadata.version(package) for name, package in packages.items()}
+    return {"cheaper": cheaper.__version__, **others}

@@ -18,6 +18,7 @@ USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value �
        cheaper cache-teacher [recipe.yaml] training.teacher_model=… training.teacher_cache=FOLDER [key=value …]
                        [--k 50] [--kind sampled|top_k] [--precision compact|fp32] [--only STREAM …]
        cheaper report  RUN … [--output report.html] [--png]
+       cheaper consolidate RUN [--output FILE.pt]
        cheaper inspect FOLDER --tokenizer TOKENIZER [--first N] [--rows N]
        cheaper sample"""
 
@@ -31,6 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "convert": convert,
         "cache-teacher": cache_teacher,
         "report": report,
+        "consolidate": consolidate,
         "inspect": inspect,
         "sample": sample,
     }
@@ -52,7 +54,7 @@ def train(args: list[str]) -> int:
     dry_run = "--dry-run" in args
     config = load_config([arg for arg in args if arg != "--dry-run"])
     from cheaper import training  # PyTorch and Composer take seconds to import; a misspelt key is told at once
-    from cheaper.checkpoints import Stopped
+    from cheaper.callbacks.checkpointer import Stopped
 
     if dry_run:
         print(to_yaml(config))
@@ -152,6 +154,22 @@ def report(args: list[str]) -> int:
 
         write_picture(runs, output.with_suffix(".png"))
         print(output.with_suffix(".png"))
+    return 0
+
+
+def consolidate(args: list[str]) -> int:
+    """Puts the shards of a checkpoint together in one file."""
+    parser = argparse.ArgumentParser(prog="cheaper consolidate")
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run, for its newest checkpoint, or a checkpoint")
+    parser.add_argument("--output", type=Path, help="by default the checkpoint's name with .pt, beside it")
+    options = parser.parse_args(args)
+    from cheaper import checkpoints
+    from cheaper.files import newest_checkpoint
+
+    source = newest_checkpoint(options.run) or options.run
+    output = options.output or source.with_suffix(".pt")
+    checkpoints.consolidate(source, output)
+    print(output)
     return 0
 
 

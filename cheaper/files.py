@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,27 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Flushes ``partial`` to the disk and gives it its final name in one step."""
-    with open(partial, "rb+") as file:
-        os.fsync(file.fileno())
+    """Flushes ``partial``, a file or a folder of files, to the disk and gives it its final name in one step."""
+    for path in partial.iterdir() if partial.is_dir() else [partial]:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
     os.replace(partial, final)
     folder = os.open(final.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint of the highest step in ``folder``, a file or a folder; unfinished ones have other names."""
+    return max(Path(folder).glob("step-*"), default=None)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import yaml
 
 from cheaper.compose import load_config, yaml_dir
 from cheaper.errors import UserError, did_you_mean
+from cheaper.files import newest_checkpoint
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Stage:
 
     @property
     def checkpoint(self) -> Path | None:
-        return max(self.folder.glob("step-*.pt"), default=None)
+        return newest_checkpoint(self.folder)
 
     def state(self) -> str:
         """In words."""

@@ -1,6 +1,6 @@
 """``training.checkpoint_dir``: one folder per run, which no other run may write into.
 
-It holds ``run.yaml`` (the resolved configuration), ``step-<n>.pt`` (checkpoints), ``metrics.jsonl``,
+It holds ``run.yaml`` (the resolved configuration), ``step-<n>.pt`` or ``step-<n>/`` (checkpoints), ``metrics.jsonl``,
 ``samples.jsonl`` and ``summary.json``.
 """
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import yaml
 
-from cheaper.checkpoints import newest_checkpoint
+from cheaper.checkpoints import is_checkpoint
 from cheaper.compose import leaves, to_yaml
 from cheaper.config import RunConfig
 from cheaper.errors import UserError
-from cheaper.files import write_atomically
+from cheaper.files import newest_checkpoint, write_atomically
 
 
 def open_run_folder(config: RunConfig) -> Path | None:
@@ -58,8 +58,8 @@ def _resume_point(config: RunConfig, newest: Path | None) -> Path:
             "leave it out to start from the beginning"
         )
     given = Path(training.checkpoint_path)
-    found = newest_checkpoint(given) if given.is_dir() else given
-    if not found or not found.is_file():
+    found = given if is_checkpoint(given) else newest_checkpoint(given)
+    if not found:
         raise UserError(f"training.checkpoint_path {given}: there is no checkpoint to resume from")
     return found
 

@@ -21,6 +21,7 @@ from cheaper.algorithms.gradient_clipping import GradientClipping
 from cheaper.algorithms.knowledge_distillation import CachedDistillation, KnowledgeDistillation
 from cheaper.algorithms.long_context import LongContext
 from cheaper.cache_teacher import check_cache
+from cheaper.callbacks.checkpointer import Checkpointer
 from cheaper.callbacks.metrics_file import MetricsFile
 from cheaper.callbacks.progress_bar import TokenProgressBar
 from cheaper.callbacks.recipe_metrics import RecipeMetrics
@@ -41,6 +42,7 @@ from cheaper.data.streams import (
 )
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
 from cheaper.distributed.activation_checkpointing import checkpoint_activations
+from cheaper.distributed.shard_files import is_shards, read_shards
 from cheaper.distributed.sharding import build_mesh, divide, init_shards
 from cheaper.distributed.tensor_parallel import check_degree
 from cheaper.errors import UserError
@@ -55,7 +57,8 @@ def build_trainer(config: RunConfig) -> Trainer:
     Raises:
         UserError: The data, the checkpoint or the folder do not fit the run.
     """
-    for meant in ("Cannot split tensor of length", "The warmup duration is 0"):  # a last batch is smaller; no warm-up
+    # A last batch is smaller; no warm-up; PyTorch's own way of writing shards.
+    for meant in ("Cannot split tensor of length", "The warmup duration is 0", "TypedStorage is deprecated"):
         warnings.filterwarnings("ignore", meant)
     join_processes()
     tokenizer, manifests = check_data(config)
@@ -66,9 +69,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     stage = config.training.stage
     model = build_model(config, mesh, weights=None if config.training.resume else config.training.checkpoint_path)
     if resume_from:
-        checkpoint = checkpoints.safe_load(resume_from)
-        checkpoints.check_shapes(model.model, checkpoints.model_weights(checkpoint), str(resume_from))
-        checkpoints.check_same_steps(checkpoint, rows_per_step(config), resume_from)
+        checkpoints.check_resume(resume_from, model.model, rows_per_step(config))
     peak = flops.peak_flops(get_device(None)._device, _dtype(config))
     every = f"{config.training.eval_interval}ba" if config.training.eval_interval else "1dur"
     trainer = Trainer(
@@ -88,10 +89,12 @@ def build_trainer(config: RunConfig) -> Trainer:
         device_train_microbatch_size=stage.batch_size_per_gpu,
         accumulate_train_batch_on_tokens=True,
         seed=config.training.seed,
-        load_path=str(resume_from) if resume_from else None,
+        load_path=str(checkpoints.run_file(resume_from)) if resume_from else None,
         load_ignore_keys=checkpoints.without_foreign_algorithms(algorithms),
         load_progress_bar=False,
     )
+    if resume_from and is_shards(resume_from):
+        read_shards(trainer.state, resume_from)
     if resume_from and not trainer.state.optimizers[0].state:
         raise UserError(f"checkpoint {resume_from}: its optimizer state does not fit this version of PyTorch")
     if dist.get_global_rank() == 0:
@@ -266,15 +269,21 @@ def build_callbacks(
             price_per_gpu_hour=config.logging.price_per_gpu_hour,
         ),
         Samples(folder / "samples.jsonl", training.samples, tokenizer, template, training.checkpoint_interval),
-        checkpoints.Checkpointer(
+        Checkpointer(
             folder,
             training.checkpoint_interval,
             training.keep_checkpoints,
+            config.distributed.shard,
             model.model,
-            tokenizer.vocabulary,
-            rows_per_step(config),
+            {"vocabulary": tokenizer.vocabulary, "rows_per_step": rows_per_step(config), "recipe": recipe(config)},
         ),
     ]
+
+
+def recipe(config: RunConfig) -> str:
+    """The names of what the run was put together from."""
+    sections = ("model", "training", "data", "distributed")
+    return " ".join(f"{section}={getattr(config, section).name}" for section in sections)
 
 
 def build_loggers(

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from cheaper import cache_teacher, cli
-from cheaper.checkpoints import model_weights, newest_checkpoint, safe_load
+from cheaper.checkpoints import model_weights, safe_load
 from cheaper.data.manifest import Manifest, TeacherRecord
 from cheaper.data.teacher_cache import KeptRow, decode_row, encode_row
-from cheaper.files import read_records
+from cheaper.files import newest_checkpoint, read_records
 from cheaper.losses.distillation import SparseTeacher
 from tests.algorithms.test_knowledge_distillation import SHORT, WIDER
 from tests.conftest import REPOSITORY, Corpus, finish, kill, start

@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from cheaper import cli
-from cheaper.checkpoints import find_model, load_decoder, newest_checkpoint
+from cheaper.checkpoints import find_model, load_decoder
+from cheaper.files import newest_checkpoint
 from tests.conftest import REPOSITORY, Corpus
 
 PYTHON = shlex.quote(sys.executable)

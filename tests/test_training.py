@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from cheaper import cli, training
-from cheaper.checkpoints import load_weights, model_weights, newest_checkpoint, safe_load
+from cheaper.checkpoints import load_weights, model_weights, safe_load
 from cheaper.compose import load_config
 from cheaper.data.streams import epoch_tokens, row_length, shares
-from cheaper.files import read_records
+from cheaper.files import newest_checkpoint, read_records
 from cheaper.flops import flops_per_token
 from cheaper.models import hf
 from cheaper.models.decoder import Decoder

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import signal
 import tempfile
 from collections.abc import Iterable
@@ -120,6 +121,7 @@ def _dataloader(
 ) -> DataSpec:
     if copies > 1:
         arguments["replication"] = copies
+        logging.getLogger("streaming.base.dataset").setLevel(logging.ERROR)  # it warns of what is counted below
     nodes = data.canonical_nodes
     dataset = MixedTokenDataset(streams=streams, batch_size=batch_size, num_canonical_nodes=nodes, **arguments)
     loader = DataLoader(

@@ -32,7 +32,7 @@ REPLICATE, SHARD, TENSOR = "data_parallel_replicate", "data_parallel_shard", "te
 
 
 def build_mesh(config: DistributedConfig) -> DeviceMesh | None:
-    """The processes in three dimensions: copies of the model, its shards, its split matrices, the nearest processes last.
+    """The processes in three dimensions: copies of the model, its shards, and last its split matrices.
 
     Returns:
         ``None`` where every process keeps a whole copy.

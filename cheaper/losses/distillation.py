@@ -49,7 +49,7 @@ class SparseTeacher:
 
     @classmethod
     def top(cls, logits_NV: torch.Tensor, k: int, temperature: float, words: Words | None = None) -> SparseTeacher:
-        """The ``k`` most likely words of ``logits``, of which this process may have some, and the rest in one bucket."""
+        """The ``k`` most likely words of ``logits``, all or this process's, and the rest in one bucket."""
         words = words or Words.all(logits_NV.shape[1])
         probabilities, *_ = words.softmax(logits_NV.float() / temperature)
         values, ids = words.top(probabilities, k)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from cheaper.checkpoints import find_model, load_decoder, model_record
+from cheaper.checkpoints import find_model, is_checkpoint, load_decoder, model_record
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
 from cheaper.distributed.sharding import divide, set_weights, shard
 from cheaper.errors import UserError
@@ -40,7 +40,7 @@ def check_teacher(source: str, tokenizer: Tokenizer) -> Path:
         UserError: It is missing, has another tokenizer or fewer words.
     """
     path = find_model(source, "training.teacher_model")
-    if path.is_file():
+    if is_checkpoint(path):
         record = model_record(path)
         vocabulary, words = record["vocabulary"], record["model"]["vocab_size"]
     else:
@@ -77,7 +77,7 @@ def load_teacher(
     Raises:
         UserError: It cannot be read, or its logits are not hidden states times a matrix.
     """
-    if path.is_file() or _config(path).get("model_type") in ("llama", "llama4_text"):
+    if is_checkpoint(path) or _config(path).get("model_type") in ("llama", "llama4_text"):
         teacher = load_decoder(path)
         if mesh:
             teacher = _divided(teacher, mesh, dtype)

@@ -9,11 +9,11 @@ from composer.core import Callback
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from cheaper import cli
-from cheaper.checkpoints import find_model, load_decoder, newest_checkpoint, safe_load
+from cheaper.checkpoints import find_model, load_decoder, safe_load
 from cheaper.compose import load_config
 from cheaper.config import DistillationConfig
 from cheaper.data.tokenize import load_tokenizer
-from cheaper.files import read_records
+from cheaper.files import newest_checkpoint, read_records
 from cheaper.losses.distillation import linear_distillation
 from cheaper.models import hf
 from cheaper.models.decoder import Decoder, predictors, targets

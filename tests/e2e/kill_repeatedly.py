@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from cheaper.checkpoints import newest_checkpoint
 from cheaper.data.shared_memory import stale_shared_memory
+from cheaper.files import newest_checkpoint
 from tests.conftest import Corpus, finish, kill, start
 from tests.e2e.test_resume import assert_same_runs
 

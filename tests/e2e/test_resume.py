@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cheaper.checkpoints import model_weights, newest_checkpoint, safe_load
+from cheaper.checkpoints import model_weights, safe_load
 from cheaper.data.shared_memory import stale_shared_memory
-from cheaper.files import read_records
+from cheaper.files import newest_checkpoint, read_records
 from tests.conftest import finish, kill, start
 
 EXACT = ("train/loss", "train/accuracy", "train/grad_norm", "train/learning_rate", "data/tokens/")
