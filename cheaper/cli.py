@@ -55,6 +55,7 @@ def train(args: list[str]) -> int:
     config = load_config([arg for arg in args if arg != "--dry-run"])
     from cheaper import training  # PyTorch and Composer take seconds to import; a misspelt key is told at once
     from cheaper.callbacks.checkpointer import Stopped
+    from cheaper.distributed.processes import lost_another
 
     if dry_run:
         print(to_yaml(config))
@@ -62,17 +63,22 @@ def train(args: list[str]) -> int:
         print("the run is sound: its shards and its tokenizer fit")
         return 0
     trainer = training.build_trainer(config)
+    status = 0
     try:
         if trainer.state.timestamp >= trainer.state.max_duration:
             print(f"{config.run_name} has finished: {config.training.checkpoint_dir}")
-            return 0
-        trainer.fit()
+        else:
+            trainer.fit()
     except Stopped as stop:
         print(f"{stop}; add training.resume=true to the same command to go on", file=sys.stderr)
-        return 128 + stop.signum
-    finally:
-        trainer.close()
-    return 0
+        status = 128 + stop.signum
+    except RuntimeError as error:
+        if not (line := lost_another(error)):
+            raise
+        print(f"error: {line}; add training.resume=true to the same command to go on", file=sys.stderr)
+        return 1
+    trainer.close()
+    return status
 
 
 def pipeline(args: list[str]) -> int:
@@ -122,10 +128,11 @@ def cache_teacher(args: list[str]) -> int:
     parser.add_argument("--only", nargs="+", metavar="STREAM", help="these streams of the mixture alone")
     options, rest = parser.parse_known_args(args)
     config = load_config(rest)
-    from cheaper import cache_teacher, training
+    from cheaper import cache_teacher
     from cheaper.data.manifest import TeacherRecord
+    from cheaper.distributed.processes import join_processes
 
-    training.join_processes()
+    join_processes()
     record = TeacherRecord(options.kind, options.k, options.precision)
     cache_teacher.cache_teacher(config, record, options.only)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 import warnings
 from dataclasses import dataclass, replace
@@ -30,7 +29,6 @@ from cheaper.callbacks.samples import Samples
 from cheaper.config import DataConfig, RunConfig, StageConfig, parse_count, parse_warmup
 from cheaper.data.chat import ChatTemplate
 from cheaper.data.manifest import Manifest
-from cheaper.data.shared_memory import remove_stale_shared_memory
 from cheaper.data.streams import (
     build_dataloader,
     build_held_out,
@@ -42,6 +40,7 @@ from cheaper.data.streams import (
 )
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
 from cheaper.distributed.activation_checkpointing import checkpoint_activations
+from cheaper.distributed.processes import join_processes
 from cheaper.distributed.shard_files import is_shards, read_shards
 from cheaper.distributed.sharding import build_mesh, divide, init_shards
 from cheaper.distributed.tensor_parallel import check_degree
@@ -100,19 +99,6 @@ def build_trainer(config: RunConfig) -> Trainer:
     if dist.get_global_rank() == 0:
         run_folder.write_run_yaml(config)
     return trainer
-
-
-def join_processes() -> None:
-    """Joins the processes that ``composer`` or ``torchrun`` started, or none when run alone."""
-    if "GROUP_RANK" in os.environ:  # torchrun's name for what Composer calls the rank of the node
-        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])
-    dist.initialize_dist(get_device(None))
-    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
-        # Composer's launcher leaves every process all cores, and they would wait for each other.
-        torch.set_num_threads(max(1, os.cpu_count() // dist.get_local_world_size()))
-    if dist.get_local_rank() == 0:
-        remove_stale_shared_memory()
-    dist.barrier()
 
 
 @dataclass(frozen=True)
