@@ -111,7 +111,7 @@ def load_weights(decoder: Decoder, path: str) -> None:
     """
     source = find_model(path, "training.checkpoint_path")
     if is_checkpoint(source):
-        weights, config = load_model_weights(source), _model_config(model_record(source))
+        weights, config = load_model_weights(source), model_shape(source)
     else:
         weights, config = hf.load_weights(source), hf.load_config(source)
     check_shapes(decoder, weights, str(source))
@@ -134,7 +134,7 @@ def load_decoder(source: Path) -> Decoder:
     if not is_checkpoint(source):
         return hf.load_pretrained(source)
     with torch.device("meta"):
-        decoder = Decoder(_model_config(model_record(source)))
+        decoder = Decoder(model_shape(source))
     weights = load_model_weights(source)
     check_shapes(decoder, weights, str(source))
     if is_shards(source):
@@ -163,8 +163,9 @@ SECTIONS = {
 }
 
 
-def _model_config(record: dict[str, Any]) -> ModelConfig:
-    shape = dict(record["model"])
+def model_shape(source: Path) -> ModelConfig:
+    """The configuration of the model in the checkpoint ``source``."""
+    shape = model_record(source)["model"]
     sections = {key: SECTIONS[key](**value) for key, value in shape.items() if isinstance(value, dict)}
     return ModelConfig(**{**shape, **sections})
 

@@ -14,6 +14,7 @@ from cheaper.errors import UserError, did_you_mean
 
 USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value …] [--dry-run]
        cheaper pipeline [pipeline.yaml] [key=value …] [--from STAGE] [--until STAGE] [--launcher COMMAND] [--dry-run]
+       cheaper plan    [recipe.yaml] [group=choice …] [key=value …] hardware=h100 gpus=64 [mfu=0.4] [price=2.5] [--find]
        cheaper convert [recipe.yaml] [data=…] [key=value …] [--processes N] [--only STREAM …]
        cheaper cache-teacher [recipe.yaml] training.teacher_model=… training.teacher_cache=FOLDER [key=value …]
                        [--k 50] [--kind sampled|top_k] [--precision compact|fp32] [--only STREAM …]
@@ -29,6 +30,7 @@ def main(args: Sequence[str] | None = None) -> int:
     verbs = {
         "train": train,
         "pipeline": pipeline,
+        "plan": plan,
         "convert": convert,
         "cache-teacher": cache_teacher,
         "report": report,
@@ -56,9 +58,11 @@ def train(args: list[str]) -> int:
     from cheaper import training  # PyTorch and Composer take seconds to import; a misspelt key is told at once
     from cheaper.callbacks.checkpointer import Stopped
     from cheaper.distributed.processes import lost_another
+    from cheaper.planning.plan import check_memory, table
 
     if dry_run:
         print(to_yaml(config))
+        print(table(check_memory(config)))
         training.check_data(config)
         print("the run is sound: its shards and its tokenizer fit")
         return 0
@@ -103,6 +107,36 @@ def pipeline(args: list[str]) -> int:
         status = run_pipeline(stages, launcher, options.first, options.until)
     print("\n" + table(stages))
     return status
+
+
+def plan(args: list[str]) -> int:
+    """Says what a run will take: memory on each device, time and money; ``--find`` looks for settings that fit."""
+    own = {"hardware": "h100", "gpus": "1", "mfu": "0.4", "price": None}
+    own |= dict(arg.split("=", 1) for arg in args if arg.partition("=")[0] in own)
+    rest = [arg for arg in args if arg.partition("=")[0] not in own and arg != "--find"]
+    try:
+        devices, mfu, price = int(own["gpus"]), float(own["mfu"]), float(own["price"]) if own["price"] else None
+    except ValueError as error:
+        raise UserError(f"gpus, mfu and price are numbers ({error})") from None
+    if devices < 1 or not 0 < mfu <= 1:
+        raise UserError(f"gpus={devices} mfu={mfu}: expected one device or more, and a share of the peak up to 1")
+    layout = "fsdp2" if devices > 1 else "single_gpu"
+    defaults = {**DEFAULT_CHOICES, "training": "pretrain_phase1", "data": "pretrain_phase1_mix", "distributed": layout}
+    config = load_config(rest, defaults)
+    from cheaper.planning import plan as planning
+    from cheaper.planning.hardware import load_hardware
+
+    hardware = load_hardware(own["hardware"])
+    made = planning.make_plan(config, hardware, devices, mfu)
+    if "--find" in args:
+        found = planning.find(config, hardware, devices, mfu)
+        if found is None:
+            print(planning.table(made, price))
+            raise UserError(f"nothing fits {config.model.name} on {devices} × {hardware.name}; try more devices")
+        print(planning.overrides(found) + "\n")
+        made = found
+    print(planning.table(made, price))
+    return 0
 
 
 def convert(args: list[str]) -> int:

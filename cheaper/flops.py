@@ -12,16 +12,7 @@ import time
 import torch
 
 from cheaper.config import ModelConfig
-
-# Dense bf16 peak in FLOP/s, from NVIDIA's datasheets; matched against the device's name, first hit wins.
-PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-}
+from cheaper.planning.hardware import recognise
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
@@ -48,13 +39,10 @@ def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak FLOP/s of one device and where the figure comes from.
 
-    A GPU in ``PEAKS`` has its datasheet's value; for anything else it is the rate measured on square matrices.
+    A GPU in ``yamls/hardware`` has its datasheet's value; for anything else it is the rate measured on square matrices.
     """
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for part, peak in PEAKS.items():
-            if all(word in name for word in part.split()):
-                return peak, f"datasheet of {part}"
+    if device.type == "cuda" and (hardware := recognise(torch.cuda.get_device_name(device))):
+        return hardware.peak_flops, f"datasheet of {hardware.device_name}"
     return _measured_matrix_rate(device, dtype), "measured on matrix products"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import uuid
 import warnings
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ from cheaper.errors import UserError
 from cheaper.files import write_atomically
 from cheaper.models.composer_model import CausalLM
 from cheaper.models.teacher import check_teacher, load_teacher
+from cheaper.planning.plan import Plan, check_memory
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -61,6 +63,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         warnings.filterwarnings("ignore", meant)
     join_processes()
     tokenizer, manifests = check_data(config)
+    warn_of_memory(check_memory(config))
     length = run_length(config, manifests)
     clipping, mesh = GradientClipping(config.training.stage.max_grad_norm), build_mesh(config.distributed)
     algorithms = [clipping, *build_algorithms(config, tokenizer, mesh)]
@@ -99,6 +102,13 @@ def build_trainer(config: RunConfig) -> Trainer:
     if dist.get_global_rank() == 0:
         run_folder.write_run_yaml(config)
     return trainer
+
+
+def warn_of_memory(plan: Plan) -> None:
+    """Says so if a step is not expected to fit; only trying tells, for the plan is an estimate."""
+    if not plan.fits and dist.get_global_rank() == 0:
+        told = "a step is expected to need more memory than a device has; see it with --dry-run"
+        print(f"warning: {told}, or ask: cheaper plan --find", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -304,7 +304,7 @@ def test_flops_per_token_by_hand():
 
 def test_bf16_on_a_cpu_autocasts_the_products_and_keeps_fp32_weights(corpus, tmp_path):
     config = load_config(corpus.arguments(tmp_path / "run", "training.precision=bf16"))
-    model = training.build_model(config, None)
+    model = training.build_model(config, mesh=None, weights=None)
     seen = []
     model.model.blocks[0].attention.wq.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     ids = torch.arange(64).reshape(2, 32)

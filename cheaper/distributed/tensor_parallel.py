@@ -47,6 +47,22 @@ def split_matrices(decoder: Decoder, mesh: DeviceMesh) -> None:
         decoder: The model; may be without memory (on the meta device).
         mesh: One dimension, over the devices that work on the same rows.
     """
+    parallelize_module(decoder, mesh, _plan(decoder))
+
+
+def split_dimensions(decoder: Decoder) -> dict[str, int]:
+    """The dimension along which each parameter that ``split_matrices`` splits is split."""
+    split = {"embedding.weight": 0}
+    for name, style in _plan(decoder).items():
+        for part in style.styles if isinstance(style, _Both) else [style]:
+            if isinstance(part, _Placed):
+                split |= {f"{name}.{key}": at.dim for key, at in part.placements.items() if at.is_shard()}
+            elif isinstance(part, ColwiseParallel | RowwiseParallel) and name != "embedding":
+                split[f"{name}.weight"] = int(isinstance(part, RowwiseParallel))
+    return split
+
+
+def _plan(decoder: Decoder) -> dict[str, ParallelStyle]:
     plan: dict[str, ParallelStyle] = {
         "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=TOKENS, use_local_output=False),
         "norm": SequenceParallel(use_local_output=False),
@@ -55,7 +71,7 @@ def split_matrices(decoder: Decoder, mesh: DeviceMesh) -> None:
         plan["head"] = _Placed(weight=Shard(0))
     for number, block in enumerate(decoder.blocks):
         plan |= {f"blocks.{number}.{name}": style for name, style in _block_plan(block).items()}
-    parallelize_module(decoder, mesh, plan)
+    return plan
 
 
 def _block_plan(block: Block) -> dict[str, ParallelStyle]:

@@ -148,7 +148,7 @@ def test_teachers_that_do_not_fit_are_refused(corpus: Corpus, teacher, tmp_path,
 
     assert f"training.teacher_model {tmp_path}/none: no such file or folder" in line(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert "holds neither step-*.pt nor a transformers model" in line(tmp_path / "empty")
+    assert "holds neither a checkpoint step-* nor a transformers model" in line(tmp_path / "empty")
 
     decoder = load_decoder(find_model(str(teacher), "teacher"))
     hf.save_pretrained(decoder, tmp_path / "other")
