@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cheaper.compose import DEFAULT_CHOICES, load_config, to_yaml, yaml_dir
+from cheaper.distributed.slurm import adopt_slurm
 from cheaper.errors import UserError, did_you_mean
 
 USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value …] [--dry-run]
@@ -19,6 +20,8 @@ USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value �
        cheaper cache-teacher [recipe.yaml] training.teacher_model=… training.teacher_cache=FOLDER [key=value …]
                        [--k 50] [--kind sampled|top_k] [--precision compact|fp32] [--only STREAM …]
        cheaper report  RUN … [--output report.html] [--png]
+       cheaper submit  STAGE --to mcli|slurm|sky [--nodes N] [--gpus 8] [--gpu h100] [--storage FOLDER] [--dry-run]
+                       [--pipeline pipeline.yaml] [--hours 24] [--cluster NAME] [key=value …]
        cheaper consolidate RUN [--output FILE.pt]
        cheaper inspect FOLDER --tokenizer TOKENIZER [--first N] [--rows N]
        cheaper sample"""
@@ -33,6 +36,7 @@ def main(args: Sequence[str] | None = None) -> int:
         "plan": plan,
         "convert": convert,
         "cache-teacher": cache_teacher,
+        "submit": submit,
         "report": report,
         "consolidate": consolidate,
         "inspect": inspect,
@@ -53,6 +57,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def train(args: list[str]) -> int:
     """Trains; ``--dry-run`` resolves and checks the run, prints it and stops."""
+    adopt_slurm(os.environ)
     dry_run = "--dry-run" in args
     config = load_config([arg for arg in args if arg != "--dry-run"])
     from cheaper import training  # PyTorch and Composer take seconds to import; a misspelt key is told at once
@@ -67,7 +72,7 @@ def train(args: list[str]) -> int:
         print("the run is sound: its shards and its tokenizer fit")
         return 0
     trainer = training.build_trainer(config)
-    status = 0
+    status, lost = 0, None
     try:
         if trainer.state.timestamp >= trainer.state.max_duration:
             print(f"{config.run_name} has finished: {config.training.checkpoint_dir}")
@@ -77,11 +82,13 @@ def train(args: list[str]) -> int:
         print(f"{stop}; add training.resume=true to the same command to go on", file=sys.stderr)
         status = 128 + stop.signum
     except RuntimeError as error:
-        if not (line := lost_another(error)):
+        if not (lost := lost_another(error)):
             raise
-        print(f"error: {line}; add training.resume=true to the same command to go on", file=sys.stderr)
-        return 1
-    trainer.close()
+        print(f"\nerror: {lost}; add training.resume=true to the same command to go on", file=sys.stderr)
+        status = 1
+    finally:
+        if not lost:  # the others would have to take part
+            trainer.close()
     return status
 
 
@@ -136,6 +143,35 @@ def plan(args: list[str]) -> int:
         print(planning.overrides(found) + "\n")
         made = found
     print(planning.table(made, price))
+    return 0
+
+
+def submit(args: list[str]) -> int:
+    """Hands a stage to a cluster; ``--dry-run`` only prints the job."""
+    from cheaper.pipeline import load_pipeline, selected
+    from cheaper.submit import TARGETS, Job
+    from cheaper.submit import submit as hand_over
+
+    defaults = Job("")
+    parser = argparse.ArgumentParser(prog="cheaper submit")
+    parser.add_argument("stage", help="of the pipeline")
+    parser.add_argument("--to", choices=TARGETS, required=True)
+    parser.add_argument("--nodes", type=int, default=defaults.nodes, help="machines")
+    parser.add_argument("--gpus", type=int, default=defaults.gpus, help="of each machine")
+    parser.add_argument("--gpu", default=defaults.gpu, help="their kind, as the cluster calls it")
+    parser.add_argument("--pipeline", default=defaults.pipeline)
+    parser.add_argument("--storage", default=defaults.storage, help="a folder that all machines and attempts see")
+    parser.add_argument("--hours", type=int, default=defaults.hours, help="the longest an attempt takes (slurm)")
+    parser.add_argument("--cluster", default=defaults.cluster, help="its name (mcli)")
+    parser.add_argument("--dry-run", action="store_true")
+    options, overrides = parser.parse_known_args(args)
+    selected(load_pipeline(Path(options.pipeline), overrides), options.stage, options.stage)
+    target, dry_run = options.to, options.dry_run
+    job = Job(overrides=overrides, **{k: v for k, v in vars(options).items() if k not in ("to", "dry_run")})
+    if dry_run:
+        print(TARGETS[target][0](job), end="")
+    else:
+        print(hand_over(job, target, Path()))
     return 0
 
 
