@@ -16,7 +16,7 @@ from cheaper.errors import UserError, did_you_mean
 USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value …] [--dry-run]
        cheaper pipeline [pipeline.yaml] [key=value …] [--from STAGE] [--until STAGE] [--launcher COMMAND] [--dry-run]
        cheaper plan    [recipe.yaml] [group=choice …] [key=value …] hardware=h100 gpus=64 [mfu=0.4] [price=2.5] [--find]
-       cheaper convert [recipe.yaml] [data=…] [key=value …] [--processes N] [--only STREAM …]
+       cheaper convert [recipe.yaml] [data=…] [key=value …] [--processes N] [--only STREAM …] [--engine processes|ray]
        cheaper cache-teacher [recipe.yaml] training.teacher_model=… training.teacher_cache=FOLDER [key=value …]
                        [--k 50] [--kind sampled|top_k] [--precision compact|fp32] [--only STREAM …]
        cheaper report  RUN … [--output report.html] [--png]
@@ -180,10 +180,14 @@ def convert(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="cheaper convert")
     parser.add_argument("--processes", type=int, help="worker processes; all cores by default")
     parser.add_argument("--only", nargs="+", metavar="STREAM", help="convert these streams of the mixture alone")
+    parser.add_argument("--engine", choices=["processes", "ray"], default="processes", help="one machine, or a cluster")
     options, rest = parser.parse_known_args(args)
     # Rows have the sequence length of the stage; without one named, that of pre-training.
     config = load_config(rest, {**DEFAULT_CHOICES, "model": "mobilellm_140m", "training": "pretrain_phase1"})
-    from cheaper.data.convert import convert_mixture
+    if options.engine == "ray":
+        from cheaper.data.convert_cluster import convert_on_ray as convert_mixture
+    else:
+        from cheaper.data.convert import convert_mixture
 
     convert_mixture(config.data, config.training.stage.sequence_length, options.processes, options.only)
     return 0

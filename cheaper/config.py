@@ -147,6 +147,7 @@ class TrainingConfig:
     stage: StageConfig = field(default_factory=StageConfig)
     seed: int = at_least(0, default=17)
     precision: str = one_of("bf16", "fp32")
+    auto_microbatch: bool = False  # on a GPU: find how many of a step's rows fit at once; not with distributed.shard
     checkpoint_path: str | None = None  # weights to start from, or with resume=true the checkpoint to go on from
     resume: bool = False
     checkpoint_dir: str = "runs/${run_name}"  # everything the run writes

@@ -62,6 +62,11 @@ def build_trainer(config: RunConfig) -> Trainer:
     for meant in ("Cannot split tensor of length", "The warmup duration is 0", "TypedStorage is deprecated"):
         warnings.filterwarnings("ignore", meant)
     join_processes()
+    if config.training.auto_microbatch and (config.distributed.shard or not torch.cuda.is_available()):
+        why = "distributed.shard=true" if config.distributed.shard else "no GPU"
+        raise UserError(
+            f"training.auto_microbatch is true: expected false with {why}, Composer offers it on whole models"
+        )
     tokenizer, manifests = check_data(config)
     warn_of_memory(check_memory(config))
     length = run_length(config, manifests)
@@ -88,7 +93,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         run_name=config.run_name,
         progress_bar=False,
         precision="amp_bf16" if torch.cuda.is_available() and config.training.precision == "bf16" else "fp32",
-        device_train_microbatch_size=stage.batch_size_per_gpu,
+        device_train_microbatch_size="auto" if config.training.auto_microbatch else stage.batch_size_per_gpu,
         accumulate_train_batch_on_tokens=True,
         seed=config.training.seed,
         load_path=str(checkpoints.run_file(resume_from)) if resume_from else None,

@@ -313,3 +313,11 @@ def test_bf16_on_a_cpu_autocasts_the_products_and_keeps_fp32_weights(corpus, tmp
     assert seen == [torch.bfloat16]
     assert out.loss_sum.dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU whole models may ask for it")
+@pytest.mark.parametrize(("layout", "why"), [("single_gpu", "without a GPU"), ("fsdp2", "with distributed.shard=true")])
+def test_automatic_micro_batches_where_composer_has_none(corpus, tmp_path, capsys, layout, why):
+    asked = ("training.auto_microbatch=true", f"distributed={layout}")
+    line = refusal(capsys, corpus.arguments(tmp_path / "run", *asked))
+    assert f"Composer does not offer it {why}" in line

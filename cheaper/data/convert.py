@@ -74,27 +74,47 @@ def convert_mixture(
     Raises:
         UserError: A stream cannot be read or written, or its folder was made from something else.
     """
+    tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
+    return {
+        name: convert_stream(name, stream, data, tokenizer, sequence_length, processes or os.cpu_count())
+        for name, stream in chosen(data, only).items()
+    }
+
+
+def chosen(data: DataConfig, only: list[str] | None) -> dict[str, StreamConfig]:
+    """Of a mixture and what it holds out the streams named in ``only``, or all.
+
+    Raises:
+        UserError: There is no stream of that name.
+    """
     streams = {**data.streams, **data.held_out}
     for name in only or ():
         if name not in streams:
             raise UserError(f"--only {name}: no such stream in {data.name}{did_you_mean(name, streams)}")
-    tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
-    return {
-        name: convert_stream(name, streams[name], data, tokenizer, sequence_length, processes or os.cpu_count())
-        for name in only or streams
-    }
+    return {name: streams[name] for name in only or streams}
 
 
 def convert_stream(
-    name: str, stream: StreamConfig, data: DataConfig, tokenizer: Tokenizer, sequence_length: int, processes: int
+    name: str,
+    stream: StreamConfig,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    processes: int,
+    part: slice = slice(None),
 ) -> Manifest:
-    """Converts one stream into ``<data.root>/<name>``, or goes on where a killed conversion stopped."""
+    """Converts one stream, or ``part`` of its files, into ``<data.root>/<name>``.
+
+    It goes on where a killed conversion stopped.
+    """
     read = get_format(stream.format, stream.field)
     template = ChatTemplate.load(data.chat_template, data.tokenizer, tokenizer) if read.is_chat else None
     maker = _Maker(tokenizer, read, template, sequence_length, data.too_long)
     remote = f"{data.root}/{name}" if "://" in data.root else None
     folder = Path(data.cache, "converting", data.root.replace("://", "/"), name) if remote else Path(data.root, name)
     manifest = _new_manifest(stream, data, maker)
+    if part != slice(None):
+        manifest.source |= {"files": [part.start, part.stop]}
     if earlier := _earlier_manifest(folder, remote):
         for key, now in manifest.made_from().items():
             if earlier.made_from()[key] != now:
@@ -105,7 +125,7 @@ def convert_stream(
     if manifest.complete:
         print(f"{name}: {manifest.tokens:,} tokens in {manifest.rows:,} rows, finished before ({where})")
         return manifest
-    source = Source(stream.source, name)
+    source = Source(stream.source, name, part)
     if manifest.shards and manifest.source_bytes != source.total_bytes:
         was = f"had {manifest.source_bytes} bytes when the conversion into {folder} began, now {source.total_bytes}"
         raise UserError(f"data.streams.{name}: {stream.source.path} {was}; choose another data.root")

@@ -70,16 +70,17 @@ class Source:
     Args:
         config: A path (file, folder or glob) or a Hugging Face dataset.
         name: The key of the stream, for messages.
+        part: Which of the files to read, in their order.
 
     Raises:
         UserError: There is nothing to read.
     """
 
-    def __init__(self, config: SourceConfig, name: str):
+    def __init__(self, config: SourceConfig, name: str, part: slice = slice(None)):
         if bool(config.path) == bool(config.dataset):
             raise UserError(f"data.streams.{name}.source: expected exactly one of path and dataset")
         self.config, self.name = config, name
-        self.files = _files(config.path, name) if config.path else []
+        self.files = _files(config.path, name)[part] if config.path else []
         self.total_bytes = sum(os.path.getsize(file) for file in self.files) or None
         self._read_before = 0
         self._open: BinaryIO | None = None
