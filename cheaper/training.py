@@ -63,10 +63,8 @@ def build_trainer(config: RunConfig) -> Trainer:
         warnings.filterwarnings("ignore", meant)
     join_processes()
     if config.training.auto_microbatch and (config.distributed.shard or not torch.cuda.is_available()):
-        why = "distributed.shard=true" if config.distributed.shard else "no GPU"
-        raise UserError(
-            f"training.auto_microbatch is true: expected false with {why}, Composer offers it on whole models"
-        )
+        why = "with distributed.shard=true" if config.distributed.shard else "without a GPU"
+        raise UserError(f"training.auto_microbatch is true: Composer does not offer it {why}")
     tokenizer, manifests = check_data(config)
     warn_of_memory(check_memory(config))
     length = run_length(config, manifests)

@@ -24,7 +24,7 @@ def recipe(tmp_path, monkeypatch) -> Path:
     """A stream of four files, of which two are a part."""
     train_tokenizer(tmp_path / "tokenizer", some_texts(50, seed=0))
     sizes = [write_jsonl(tmp_path / "raw" / f"{i}.jsonl", some_texts(9000, seed=i)).stat().st_size for i in range(4)]
-    monkeypatch.setattr(convert_cluster, "PART_BYTES", sizes[0] + 1)
+    monkeypatch.setattr(convert_cluster, "PART_BYTES", max(sizes) + 1)
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "mix.yaml").write_text(
