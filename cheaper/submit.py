@@ -63,6 +63,7 @@ class Job:
 
 def mcli(job: Job) -> str:
     """A run for ``mcli run -f``. The platform tells Composer's launcher which machine it is on."""
+    note = f"# Every machine must see {job.storage}: runs, checkpoints and shards are in it.\n"
     run: dict[str, Any] = {
         "name": job.name,
         "image": IMAGE,
@@ -73,7 +74,7 @@ def mcli(job: Job) -> str:
         ],
         "command": f"cd {Path(REPOSITORY).name}\n{job.command('composer')}\n",
     }
-    return _yaml(run)
+    return note + _yaml(run)
 
 
 def slurm(job: Job) -> str:
@@ -131,7 +132,7 @@ def sky(job: Job) -> str:
             "job_recovery": {"strategy": "EAGER_NEXT_REGION", "max_restarts_on_errors": 3},
         },
         "workdir": ".",
-        "file_mounts": {job.storage: {"name": "cheaper-training", "mode": "MOUNT"}},
+        "file_mounts": {job.storage: {"name": "cheaper-training", "mode": "MOUNT_CACHED"}},
         "setup": "pip install -e '.[gpu]'\n",
         "run": job.command(torchrun) + "\n",
     }

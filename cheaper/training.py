@@ -187,6 +187,8 @@ def build_model(config: RunConfig, mesh: DeviceMesh | None, weights: str | None)
         check_degree(config.model, config.distributed.tensor_parallel_degree)
         divide(model.model, mesh, _dtype(config), config.distributed.cpu_offload)
         init_shards(model.model)
+        if config.distributed.cpu_offload:
+            model.to = lambda *_: model  # Composer moves what it is given to the GPU
     if weights:
         checkpoints.load_weights(model.model, weights)
     checkpoint_activations(model.model, config.distributed.activation_checkpointing)

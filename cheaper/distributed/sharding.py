@@ -68,6 +68,9 @@ def divide(decoder: Decoder, mesh: DeviceMesh, dtype: torch.dtype, cpu_offload: 
     register_fsdp_forward_method(decoder, "hidden")
     register_fsdp_forward_method(decoder, "next_token_logits")
     decoder.to_empty(device="cpu" if cpu_offload else mesh.device_type)
+    for module in decoder.modules():  # buffers are not sharded, and so not offloaded
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=mesh.device_type))
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, dtype: torch.dtype, cpu_offload: bool):
