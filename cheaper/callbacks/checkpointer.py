@@ -125,7 +125,8 @@ class Checkpointer(Callback):
 
 
 def _not_written(partial: Path, final: Path, error: Exception) -> UserError:
-    remove(partial)
+    if dist.get_global_rank() == 0:
+        remove(partial)
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
     return UserError(f"checkpoint {final} could not be written: {reason}; the earlier ones are whole")
 
