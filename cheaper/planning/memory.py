@@ -23,7 +23,8 @@ from cheaper.losses.chunked import CHUNK_BYTES
 from cheaper.models.decoder import Decoder
 
 HALF, FULL = 2, 4  # bytes of bf16 and fp32
-FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")  # from PyTorch 2.8 on; before, a norm keeps two fp32 copies
+# On CUDA, from PyTorch 2.8 on; elsewhere a norm keeps two fp32 copies.
+FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")
 
 
 @dataclass(frozen=True)
