@@ -187,7 +187,7 @@ def _keep(
     hidden_TE: torch.Tensor, weight_VE: torch.Tensor, record: TeacherRecord, generator: torch.Generator
 ) -> KeptRow:
     chunks = []
-    for chunk in hidden_TE.split(max(1, CHUNK_BYTES // (4 * record.words))):
+    for chunk in hidden_TE.split(max(1, CHUNK_BYTES[hidden_TE.device.type] // (4 * record.words))):
         logits = chunk @ weight_VE[: record.words].T
         if record.kind == "top_k":
             chunks.append(SparseTeacher.top(logits, record.k, record.temperature))

@@ -20,6 +20,7 @@ from cheaper.algorithms.expert_balancing import ExpertBalancing
 from cheaper.algorithms.gradient_clipping import GradientClipping
 from cheaper.algorithms.knowledge_distillation import CachedDistillation, KnowledgeDistillation
 from cheaper.algorithms.long_context import LongContext
+from cheaper.allocator import keep_freed_memory
 from cheaper.cache_teacher import check_cache
 from cheaper.callbacks.checkpointer import Checkpointer
 from cheaper.callbacks.metrics_file import MetricsFile
@@ -62,6 +63,8 @@ def build_trainer(config: RunConfig) -> Trainer:
     for meant in ("Cannot split tensor of length", "The warmup duration is 0", "TypedStorage is deprecated"):
         warnings.filterwarnings("ignore", meant)
     join_processes()
+    # On a GPU only checkpoints and data are in the processor's memory.
+    allocator = "the system's allocator" if torch.cuda.is_available() else keep_freed_memory()
     if config.training.auto_microbatch and (config.distributed.shard or not torch.cuda.is_available()):
         why = "with distributed.shard=true" if config.distributed.shard else "without a GPU"
         raise UserError(f"training.auto_microbatch is true: Composer does not offer it {why}")
@@ -87,7 +90,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         schedulers=build_scheduler(stage, length),
         algorithms=algorithms,
         callbacks=build_callbacks(config, model, tokenizer, clipping, peak[0]),
-        loggers=build_loggers(config, manifests, peak),
+        loggers=build_loggers(config, manifests, peak, allocator),
         run_name=config.run_name,
         progress_bar=False,
         precision="amp_bf16" if torch.cuda.is_available() and config.training.precision == "bf16" else "fp32",
@@ -288,14 +291,14 @@ def recipe(config: RunConfig) -> str:
 
 
 def build_loggers(
-    config: RunConfig, manifests: dict[str, Manifest], peak: tuple[float, str]
+    config: RunConfig, manifests: dict[str, Manifest], peak: tuple[float, str], allocator: str
 ) -> list[LoggerDestination]:
     """Where the metrics go: always the run's file and the progress bar."""
     folder, logging = Path(config.training.checkpoint_dir), config.logging
     loggers: list[LoggerDestination] = [
         MetricsFile(folder / "metrics.jsonl"),
         TokenProgressBar(config.training.name),
-        RunSummary(config, peak, shares(config.data, manifests)),
+        RunSummary(config, peak, shares(config.data, manifests), allocator),
     ]
     if logging.tensorboard:
         loggers.append(TensorboardLogger(log_dir=str(folder / "tensorboard")))

@@ -26,10 +26,11 @@ class RunSummary(LoggerDestination):
         config: The run.
         peak: FLOP/s of one device and where the figure comes from.
         shares: Of the tokens, asked of each stream.
+        allocator: Which has the processor's memory.
     """
 
-    def __init__(self, config: RunConfig, peak: tuple[float, str], shares: dict[str, float]):
-        self.config, self.peak, self.shares = config, peak, shares
+    def __init__(self, config: RunConfig, peak: tuple[float, str], shares: dict[str, float], allocator: str):
+        self.config, self.peak, self.shares, self.allocator = config, peak, shares, allocator
         self.last: dict[str, float] = {}
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -60,6 +61,7 @@ class RunSummary(LoggerDestination):
             "devices": f"{dist.get_world_size()} × {device}",
             "attention": kernel,
             "precision": self.config.training.precision,
+            "allocator": self.allocator,
         }
 
     def _summary(self, state: State) -> dict[str, object]:

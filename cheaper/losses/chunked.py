@@ -16,8 +16,12 @@ from torch.autograd.function import once_differentiable
 from cheaper.losses.words import Words
 
 IGNORED = -100
-CHUNK_BYTES = 2**28  # of logits at a time: the more, the fewer passes over the matrix and its gradient
-SLICE_BYTES = {"cpu": 2**24}  # of them in fp32 to work on at a time: what a processor's caches hold; elsewhere a chunk
+# By kind of device. A chunk is made of one product: the larger, the fewer passes over the matrix and its gradient. A
+# slice of it in fp32 is worked on at a time: on a CPU what its caches hold. The matrix's gradient is added up so many
+# words at a time: on a CPU, which has no gain from more, to save memory.
+CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
+SLICE_BYTES = {"cpu": 2**24, "cuda": 2**28}
+WORDS_AT_ONCE = {"cpu": 2**14, "cuda": 2**20}
 
 # Works on some of a chunk's logits [C, V], given which of its tokens they are and whether the gradient is wanted.
 # Returns sums over the targets, first the loss, and leaves the gradient of the loss in the place of the logits.
@@ -57,13 +61,13 @@ class _ChunkedLoss(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        rows = max(1, CHUNK_BYTES // (dtype.itemsize * words.most))
-        few = max(1, SLICE_BYTES.get(device.type, CHUNK_BYTES) // (4 * words.most))
+        grad_weight = torch.empty_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        rows = max(1, CHUNK_BYTES[device.type] // (dtype.itemsize * words.most))
+        few = max(1, SLICE_BYTES[device.type] // (4 * words.most))
+        at_once = WORDS_AT_ONCE[device.type]
         sums = None
-        # Buffers that are used again: fresh memory of this size would cost a CPU more than the arithmetic in it.
+        # A buffer that is used again: fresh memory of this size would cost a CPU more than the arithmetic in it.
         logits_CV = hidden_ND.new_empty(min(rows, hidden_ND.shape[0]), words.number, dtype=dtype)
-        product_VD = torch.empty_like(weight) if needs_weight and hidden_ND.shape[0] > rows else None
         with torch.autocast(device.type, enabled=False):
             for start in range(0, hidden_ND.shape[0], rows):
                 hidden = hidden_ND[start : start + rows].to(dtype)
@@ -76,7 +80,10 @@ class _ChunkedLoss(torch.autograd.Function):
                 if needs_hidden:
                     grad_hidden[start : start + rows] = logits @ weight
                 if needs_weight:
-                    grad_weight += torch.mm(logits.T, hidden, out=product_VD)
+                    for first in range(0, words.number, at_once):
+                        some = slice(first, first + at_once)
+                        product = logits[:, some].T @ hidden
+                        grad_weight[some].add_(product) if start else grad_weight[some].copy_(product)
         if needs_hidden:
             grad_hidden = words.total(grad_hidden)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight_VD.dtype) if needs_weight else None)

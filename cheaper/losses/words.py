@@ -57,6 +57,8 @@ class Words:
             if Words.of(weight_VD).most == self.most:  # both are cut at the same words
                 return weight_VD.to_local()[: self.number]
             weight_VD = weight_VD.redistribute(placements=[Replicate()]).to_local()
+        if self.number == len(weight_VD):
+            return weight_VD  # a slice of all its rows would have its gradient copied into one of zeros
         return weight_VD[self.first : self.first + self.number]
 
     def total(self, values: torch.Tensor) -> torch.Tensor:

@@ -1,20 +1,26 @@
-"""Which attention kernel runs: flash-attn where it is installed and can run, else PyTorch's fused attention."""
+"""Which attention kernel runs: flash-attn where it is installed and can run, else what is fastest of PyTorch's."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from cheaper.models.block_attention import block_attention
+
 HALF = (torch.bfloat16, torch.float16)
 INSTALLED = importlib.util.find_spec("flash_attn") is not None
+PYTORCH_VARLEN = torch.__version__ >= "2.11"  # the first whose varlen_attn has windows
 
 
 def kernel_name(device: torch.device, dtype: torch.dtype, use_flash_attention: bool) -> str:
-    """``"flash-attn"`` or ``"PyTorch scaled_dot_product_attention"``, whichever ``causal_attention`` takes."""
+    """Which of ``KERNELS`` ``causal_attention`` takes."""
     if use_flash_attention and INSTALLED and dtype in HALF and device.type == "cuda":
         return "flash-attn"
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return "products of blocks in bf16"
     return "PyTorch scaled_dot_product_attention"
 
 
@@ -37,16 +43,17 @@ def causal_attention(
     Returns:
         [B, T, H, E].
     """
-    flash = kernel_name(q_BTHE.device, q_BTHE.dtype, use_flash_attention) == "flash-attn"
+    name = kernel_name(q_BTHE.device, q_BTHE.dtype, use_flash_attention)
     if document_lengths_BN is None:
-        return _flash(q_BTHE, k_BTKE, v_BTKE) if flash else fused_attention(q_BTHE, k_BTKE, v_BTKE)
+        return KERNELS[name](q_BTHE, k_BTKE, v_BTKE)
     rows = [x.flatten(0, 1) for x in (q_BTHE, k_BTKE, v_BTKE)]
-    if flash:
-        return _flash_documents(*rows, document_lengths_BN, longest=q_BTHE.shape[1]).view_as(q_BTHE)
+    if varlen := _varlen(name, q_BTHE):
+        borders = F.pad(document_lengths_BN.flatten().cumsum(0), (1, 0)).int()
+        return varlen(*rows, borders, longest=q_BTHE.shape[1]).view_as(q_BTHE)
     # One call per document: memory and time grow with the documents' lengths squared, not with the row's.
     lengths = [length for length in document_lengths_BN.flatten().tolist() if length]
     documents = zip(*(x[None].split(lengths, dim=1) for x in rows), strict=True)
-    return torch.cat([fused_attention(*document) for document in documents], dim=1).view_as(q_BTHE)
+    return torch.cat([KERNELS[name](*document) for document in documents], dim=1).view_as(q_BTHE)
 
 
 def fused_attention(
@@ -69,8 +76,28 @@ def _flash(q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor) -> 
     return flash_attn_func(q_BTHE, k_BTKE, v_BTKE, causal=True)
 
 
-def _flash_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, longest: int):
+def _varlen(name: str, q_BTHE: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    """The kernel for documents of many lengths in one call, where there is one."""
+    if name == "flash-attn":
+        return _flash_varlen
+    on_gpu = q_BTHE.device.type == "cuda" and q_BTHE.dtype in HALF
+    return _pytorch_varlen if on_gpu and PYTORCH_VARLEN else None
+
+
+def _flash_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: torch.Tensor, longest: int):
     from flash_attn import flash_attn_varlen_func
 
-    borders = F.pad(lengths.flatten().cumsum(0), (1, 0)).int()
     return flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, causal=True)
+
+
+def _pytorch_varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, borders: torch.Tensor, longest: int):
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))  # which is causal
+
+
+KERNELS = {
+    "flash-attn": _flash,
+    "products of blocks in bf16": block_attention,
+    "PyTorch scaled_dot_product_attention": fused_attention,
+}

@@ -199,8 +199,14 @@ class Block(nn.Module):
         document_lengths_BN: torch.Tensor | None,
         cache: LayerCache | None = None,
     ) -> torch.Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, document_lengths_BN, cache)
-        return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD))
+        x_BTD = x_BTD + self.attention(cast_once(self.attention_norm(x_BTD)), rotation, document_lengths_BN, cache)
+        return x_BTD + self.feed_forward(cast_once(self.feed_forward_norm(x_BTD)))
+
+
+def cast_once(x_BTD: torch.Tensor) -> torch.Tensor:
+    """In autocast's type where it is on: else each matrix that ``x`` meets would make and keep a copy of its own."""
+    device = x_BTD.device.type
+    return x_BTD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_BTD
 
 
 class Attention(nn.Module):

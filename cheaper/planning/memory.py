@@ -19,7 +19,7 @@ from torch import nn
 
 from cheaper.config import DistributedConfig, ModelConfig, RunConfig
 from cheaper.distributed.tensor_parallel import split_dimensions
-from cheaper.losses.chunked import CHUNK_BYTES
+from cheaper.losses.chunked import CHUNK_BYTES, SLICE_BYTES
 from cheaper.models.decoder import Decoder
 
 HALF, FULL = 2, 4  # bytes of bf16 and fp32
@@ -139,7 +139,7 @@ def _activations(model: ModelConfig, layout: DistributedConfig, tokens: int) -> 
 def block_activations(model: ModelConfig, layer: int, sharded: bool) -> tuple[float, float]:
     """Bytes per token that a block keeps; and with selective checkpointing.
 
-    Sharded models have a residual stream in bf16. Others have one in fp32, which autocast casts for each matrix anew.
+    Sharded models have a residual stream in bf16. Others have one in fp32, of which what the matrices see is a copy.
     """
     width, heads, latent, experts = model.hidden_size, model.num_heads, model.latent_attention, model.experts
     if latent:
@@ -160,10 +160,8 @@ def block_activations(model: ModelConfig, layer: int, sharded: bool) -> tuple[fl
         inside = (chosen + experts.shared) * experts.intermediate_size
     else:
         network, inside = HALF * 4 * model.intermediate_size, model.intermediate_size
-    if sharded:  # the inputs of both norms, and what comes of them
-        residual = 2 * width * ((HALF if FUSED_NORM else 2 * FULL) + HALF)
-    else:
-        residual = width * (2 * (FULL if FUSED_NORM else 2 * FULL) + 5 * HALF)
+    kept_by_norm = 2 * FULL if not FUSED_NORM else HALF if sharded else FULL
+    residual = 2 * width * (kept_by_norm + HALF)  # for each norm, and what comes of it
     selected = HALF * width + HALF * out + FULL * heads + HALF * (queries + values + inside + width)
     return residual + attention + network, min(selected, residual + attention + network)
 
@@ -171,8 +169,9 @@ def block_activations(model: ModelConfig, layer: int, sharded: bool) -> tuple[fl
 def _loss(config: RunConfig, tokens: int, distilled: bool) -> float:
     model, degree = config.model, config.distributed.tensor_parallel_degree
     words = math.ceil(model.vocab_size / degree)
-    rows = min(tokens, CHUNK_BYTES // (HALF * words))
-    logits = rows * words * (HALF + (5 * FULL + HALF if distilled else 2 * FULL))
+    rows = min(tokens, CHUNK_BYTES["cuda"] // (HALF * words))
+    at_work = min(rows, SLICE_BYTES["cuda"] // (FULL * words))
+    logits = words * (rows * HALF * (2 if distilled else 1) + at_work * FULL * (5 if distilled else 2))
     matrix = words * model.hidden_size * (FULL + HALF)  # its gradient, and a chunk's part of it
     return logits + matrix + tokens * model.hidden_size * HALF
 

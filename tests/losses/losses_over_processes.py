@@ -17,7 +17,7 @@ from cheaper.losses.cross_entropy import linear_cross_entropy
 from cheaper.losses.distillation import SparseTeacher, linear_distillation, sparse_distillation
 
 TOKENS, WIDTH, WORDS = 23, 12, 31  # no number of processes divides the words
-chunked.CHUNK_BYTES = 5 * WORDS * 4  # a few tokens at a time, the last chunk smaller
+chunked.CHUNK_BYTES["cpu"] = 5 * WORDS * 4  # a few tokens at a time, the last chunk smaller
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (dist.get_world_size(),))

@@ -14,7 +14,7 @@ WORDS = 101
 
 @pytest.fixture(autouse=True, params=[5, 1000])
 def rows_per_chunk(request, monkeypatch):
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", request.param * 4 * WORDS)
+    monkeypatch.setattr(chunked, "CHUNK_BYTES", {"cpu": request.param * 4 * WORDS})
     monkeypatch.setattr(chunked, "SLICE_BYTES", {"cpu": 2 * 4 * WORDS})
 
 

@@ -144,6 +144,7 @@ def test_bf16_autocast_stays_near_fp32_and_gradients_are_fp32():
 def test_which_kernel_runs_is_said():
     """A CPU test of a GPU feature: only the choice is tested, flash-attn cannot run here."""
     pytorch = "PyTorch scaled_dot_product_attention"
-    assert kernel_name(torch.device("cpu"), torch.bfloat16, True) == pytorch
+    assert kernel_name(torch.device("cpu"), torch.float32, True) == pytorch
+    assert kernel_name(torch.device("cpu"), torch.bfloat16, True) == "products of blocks in bf16"
     assert kernel_name(torch.device("cuda"), torch.float32, True) == pytorch
     assert kernel_name(torch.device("cuda"), torch.bfloat16, False) == pytorch

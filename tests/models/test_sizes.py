@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-
 import pytest
 import torch
 
@@ -11,6 +9,7 @@ from cheaper.compose import load_config
 from cheaper.config import ModelConfig
 from cheaper.flops import flops_per_token
 from cheaper.models.decoder import Decoder
+from tests.peak_memory import peak, reset_peak
 
 
 def shape(name: str) -> ModelConfig:
@@ -30,10 +29,10 @@ def shape(name: str) -> ModelConfig:
 )
 def test_parameters(name, total, active):
     config = shape(name)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = reset_peak()
     with torch.device("meta"):
         decoder = Decoder(config)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 * 2**20  # KiB: 2 GiB
+    assert peak() - before < 2 * 2**30
     assert all(parameter.is_meta for parameter in decoder.parameters())
     assert sum(parameter.numel() for parameter in decoder.parameters()) == pytest.approx(total, rel=0.01)
     # 6 FLOPs per token and parameter that it meets; the embedding is looked up, the head multiplied.
