@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from composer.utils import dist, get_device
-from streaming import MDSWriter, Stream
+from streaming import MDSWriter
 from tqdm import tqdm
 
 from cheaper.checkpoints import find_model
 from cheaper.config import RunConfig
+from cheaper.data.dataset import TokenDataset, TokenStream
 from cheaper.data.manifest import MANIFEST, Manifest, TeacherRecord
-from cheaper.data.streams import MixedTokenDataset, check_shards, collate, location, mixed_streams, within_documents
+from cheaper.data.streams import check_shards, collate, mixed_streams, within_documents
 from cheaper.data.teacher_cache import KeptRow, encode_row
 from cheaper.data.tokenize import load_tokenizer
 from cheaper.errors import UserError, did_you_mean
@@ -31,6 +32,7 @@ from cheaper.files import publish, write_atomically
 from cheaper.losses.chunked import CHUNK_BYTES
 from cheaper.losses.distillation import SparseTeacher
 from cheaper.models.teacher import Teacher, check_teacher, load_teacher
+from cheaper.precision import compute_dtype
 
 PART_BYTES = 1 << 26
 
@@ -58,7 +60,7 @@ def cache_teacher(config: RunConfig, record: TeacherRecord, only: list[str] | No
     tokenizer, names = load_tokenizer(data.tokenizer, data.trust_remote_code), only or mixed_streams(data)
     manifests = check_shards(data, names, training.stage.sequence_length, config.model.vocab_size, tokenizer)
     path = check_teacher(training.teacher_model, tokenizer)
-    dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+    dtype = compute_dtype(config)
     teacher = load_teacher(path, get_device(None)._device, dtype, data.trust_remote_code)
     record = dataclasses.replace(
         record,
@@ -94,8 +96,13 @@ def check_cache(config: RunConfig, manifests: dict[str, Manifest]) -> None:
             asked = f"training.distillation.temperature is {training.distillation.temperature}"
             raise UserError(f"{where} was made at temperature {record.temperature}, {asked}")
         tokens = Path(config.data.root, name, MANIFEST)
-        if tokens.is_file() and dataclasses.replace(Manifest.read(tokens), teacher=record) != manifest:
+        if tokens.is_file() and _of_cache(Manifest.read(tokens), training.stage.sequence_length, record) != manifest:
             raise UserError(f"{where} was made from other shards than those in {tokens.parent}")
+
+
+def _of_cache(tokens: Manifest, length: int, record: TeacherRecord) -> Manifest:
+    """The manifest of a cache made from ``tokens``: its shards have the rows of a training, of ``length`` tokens."""
+    return dataclasses.replace(tokens.cut_into(length), teacher=record, cuts=1, parts=[])
 
 
 def fingerprint(path: Path) -> str:
@@ -114,7 +121,7 @@ def fingerprint(path: Path) -> str:
 
 def _cache_stream(name: str, config: RunConfig, tokens: Manifest, teacher: Teacher, record: TeacherRecord) -> None:
     folder = Path(config.training.teacher_cache, name)
-    manifest = dataclasses.replace(tokens, teacher=record)
+    manifest = _of_cache(tokens, config.training.stage.sequence_length, record)
     try:
         earlier = Manifest.read(folder / MANIFEST)
     except FileNotFoundError:
@@ -128,7 +135,7 @@ def _cache_stream(name: str, config: RunConfig, tokens: Manifest, teacher: Teach
     dist.barrier()
     if dist.get_global_rank() == 0:
         dataclasses.replace(manifest, complete=False).write(folder / MANIFEST)
-    dataset = MixedTokenDataset(streams=[Stream(**location(config.data, name))], shuffle=False, batch_size=1)
+    dataset = TokenDataset([TokenStream(config.data, name, tokens)], batch_size=1)
     parts = list(_parts(dataset, _rows_per_part(tokens, record)))
     mine = [part for part in parts[dist.get_global_rank() :: dist.get_world_size()] if not _done(folder, part)]
     rows = sum(len(part) for part in mine)
@@ -147,7 +154,7 @@ def _rows_per_part(tokens: Manifest, record: TeacherRecord) -> int:
     return max(1, PART_BYTES // bytes_per_row)
 
 
-def _parts(dataset: MixedTokenDataset, rows: int) -> Iterator[range]:
+def _parts(dataset: TokenDataset, rows: int) -> Iterator[range]:
     """Rows of the stream, cut where its shards are cut and after so many rows."""
     begin = 0
     for shard in dataset.shards:
@@ -165,7 +172,7 @@ def _done(folder: Path, part: range) -> bool:
 
 
 def _kept_rows(
-    part: range, dataset: MixedTokenDataset, config: RunConfig, teacher: Teacher, record: TeacherRecord, bar: tqdm
+    part: range, dataset: TokenDataset, config: RunConfig, teacher: Teacher, record: TeacherRecord, bar: tqdm
 ) -> Iterator[dict[str, Any]]:
     device, batch_size = get_device(None)._device, config.training.stage.batch_size_per_gpu
     for first in range(part.start, part.stop, batch_size):

@@ -275,6 +275,9 @@ def _impossible(config: RunConfig) -> list[Problem]:
     if stage.sequence_length > limit:
         expected = f"expected at most {key}.max_position_embeddings={limit}"
         problems.append(("training.stage.sequence_length", f"is {stage.sequence_length}: {expected}"))
+    if data.row_length % stage.sequence_length:
+        text = f"is {data.row_length}: expected a multiple of training.stage.sequence_length={stage.sequence_length}"
+        problems.append(("data.row_length", text))
     problems += _impossible_distillation(config.training)
     for key in ("replicate_degree", "tensor_parallel_degree", "cpu_offload"):
         value = getattr(config.distributed, key)

@@ -147,7 +147,10 @@ class TrainingConfig:
     stage: StageConfig = field(default_factory=StageConfig)
     seed: int = at_least(0, default=17)
     precision: str = one_of("bf16", "fp32")
+    compile: bool = False  # fuse the operations of each block (torch.compile); the first step takes a minute or so
+    fp8: bool = False  # matrix products of the blocks in fp8; for GPUs from Ada and Hopper on, best with compile=true
     auto_microbatch: bool = False  # on a GPU: find how many of a step's rows fit at once; not with distributed.shard
+    profile: bool = False  # record where the time and memory of three early steps go, into profile/ of checkpoint_dir
     checkpoint_path: str | None = None  # weights to start from, or with resume=true the checkpoint to go on from
     resume: bool = False
     checkpoint_dir: str = "runs/${run_name}"  # everything the run writes
@@ -188,7 +191,9 @@ class StreamConfig:
 @dataclass
 class DataConfig:
     name: str = "???"
-    root: str = "data/${data.name}-${training.stage.sequence_length}"  # a folder of MDS shards per stream; may be a URL
+    root: str = "data/${data.name}-${data.row_length}"  # a folder of MDS shards per stream; may be a URL
+    # Tokens in a row of the shards. Text may be cut into shorter rows when it is read, for stages of several lengths.
+    row_length: int = at_least(2, default="${training.stage.sequence_length}")
     cache: str = "data/cache"  # where shards of a remote root are kept on this machine
     tokenizer: str = "???"  # folder, hub id or tiktoken .model file
     trust_remote_code: bool = False  # let a tokenizer from the hub run its own code

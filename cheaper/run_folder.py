@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
+from omegaconf import OmegaConf
 
 from cheaper.checkpoints import is_checkpoint
 from cheaper.compose import leaves, to_yaml
@@ -69,13 +70,20 @@ FREE = ("run_name", "logging", "distributed", "data.root", "data.cache", "data.n
 FREE += ("training.checkpoint_path", "training.checkpoint_dir", "training.checkpoint_interval", "training.samples")
 FREE += ("training.stage.batch_size_per_gpu", "training.stage.gradient_accumulation_steps")  # see check_same_steps
 FREE += ("training.keep_checkpoints", "training.expected", "model.use_flash_attention", "data.trust_remote_code")
+FREE += ("training.compile", "training.profile")
 
 
 def _check_same_run(config: RunConfig, saved: Path) -> None:
     if not saved.is_file():
         return  # a checkpoint that was moved alone; its shapes are still checked
-    before = dict(leaves(yaml.safe_load(saved.read_text())))
+    run = yaml.safe_load(saved.read_text())
+    if "training" not in run:
+        raise UserError(f"{saved.parent} holds weights alone; start from it, without training.resume=true")
     now = dict(leaves(yaml.safe_load(to_yaml(config))))
+    defaults = dict(leaves(OmegaConf.to_container(OmegaConf.structured(RunConfig))))
+    # A key that is newer than the run had its default's effect.
+    before = {key: now[key] for key in now if "${" in str(defaults.get(key)) or now[key] == defaults.get(key)}
+    before |= dict(leaves(run))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not key.startswith(FREE):
             raise UserError(

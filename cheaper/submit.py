@@ -55,7 +55,7 @@ class Job:
         """What each machine runs; ``launcher`` is in the shell's words, for the cluster's variables to be filled in."""
         layout = "fsdp2" if self.nodes * self.gpus > 1 else "single_gpu"
         folders = [f"training.checkpoint_dir={self.storage}/runs/${{run_name}}"]
-        folders.append(f"data.root={self.storage}/data/${{data.name}}-${{training.stage.sequence_length}}")
+        folders.append(f"data.root={self.storage}/data/${{data.name}}-${{data.row_length}}")
         arguments = shlex.join([f"distributed={layout}", *folders, *self.overrides])
         stage = f"--from {self.stage} --until {self.stage}"
         return f'cheaper pipeline {self.pipeline} {stage} --launcher "{launcher}" \\\n  {arguments}'

@@ -28,6 +28,7 @@ from cheaper.callbacks.progress_bar import TokenProgressBar
 from cheaper.callbacks.recipe_metrics import RecipeMetrics
 from cheaper.callbacks.run_summary import RunSummary
 from cheaper.callbacks.samples import Samples
+from cheaper.compilation import compile_training
 from cheaper.config import DataConfig, RunConfig, StageConfig, parse_count, parse_warmup
 from cheaper.data.chat import ChatTemplate
 from cheaper.data.manifest import Manifest
@@ -48,9 +49,13 @@ from cheaper.distributed.sharding import build_mesh, divide, init_shards
 from cheaper.distributed.tensor_parallel import check_degree
 from cheaper.errors import UserError
 from cheaper.files import write_atomically
+from cheaper.low_precision import check_fp8, multiply_in_fp8
 from cheaper.models.composer_model import CausalLM
 from cheaper.models.teacher import check_teacher, load_teacher
 from cheaper.planning.plan import Plan, check_memory
+from cheaper.precision import compute_dtype
+from cheaper.profiling import build_profiler
+from cheaper.trainer import UnhurriedTrainer
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -78,12 +83,12 @@ def build_trainer(config: RunConfig) -> Trainer:
     model = build_model(config, mesh, weights=None if config.training.resume else config.training.checkpoint_path)
     if resume_from:
         checkpoints.check_resume(resume_from, model.model, rows_per_step(config))
-    peak = flops.peak_flops(get_device(None)._device, _dtype(config))
+    peak = flops.peak_flops(get_device(None)._device, compute_dtype(config))
     every = f"{config.training.eval_interval}ba" if config.training.eval_interval else "1dur"
-    trainer = Trainer(
+    trainer = UnhurriedTrainer(
         model=model,
         train_dataloader=build_train_data(config, manifests),
-        eval_dataloader=build_evaluators(config),
+        eval_dataloader=build_evaluators(config, manifests),
         eval_interval=every if config.data.held_out else 0,
         max_duration=f"{length.tokens}tok",
         optimizers=build_optimizer(model, stage),
@@ -93,7 +98,8 @@ def build_trainer(config: RunConfig) -> Trainer:
         loggers=build_loggers(config, manifests, peak, allocator),
         run_name=config.run_name,
         progress_bar=False,
-        precision="amp_bf16" if torch.cuda.is_available() and config.training.precision == "bf16" else "fp32",
+        profiler=build_profiler(Path(config.training.checkpoint_dir) / "profile") if config.training.profile else None,
+        precision="amp_bf16" if torch.cuda.is_available() and compute_dtype(config) == torch.bfloat16 else "fp32",
         device_train_microbatch_size="auto" if config.training.auto_microbatch else stage.batch_size_per_gpu,
         accumulate_train_batch_on_tokens=True,
         seed=config.training.seed,
@@ -130,7 +136,7 @@ def check_data(config: RunConfig) -> tuple[Tokenizer, dict[str, Manifest]]:
     """Checks that shards and teacher fit this run and that its length makes sense.
 
     Returns:
-        The run's tokenizer and the manifests of its shards.
+        The run's tokenizer and the manifests of its streams and held-out sets.
 
     Raises:
         UserError: One line that says what does not fit.
@@ -138,7 +144,7 @@ def check_data(config: RunConfig) -> tuple[Tokenizer, dict[str, Manifest]]:
     stage, data = config.training.stage, config.data
     tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
     expected = (stage.sequence_length, config.model.vocab_size, tokenizer)
-    check_shards(data, data.held_out, *expected)
+    held_out = check_shards(data, data.held_out, *expected)
     manifests = check_shards(token_shards(config), mixed_streams(data), *expected)
     length = run_length(config, manifests)
     if length.warmup >= length.tokens:
@@ -151,7 +157,7 @@ def check_data(config: RunConfig) -> tuple[Tokenizer, dict[str, Manifest]]:
         check_cache(config, manifests)
     elif config.training.teacher_model:
         check_teacher(config.training.teacher_model, tokenizer)
-    return tokenizer, manifests
+    return tokenizer, {**manifests, **held_out}
 
 
 def token_shards(config: RunConfig) -> DataConfig:
@@ -182,27 +188,28 @@ def build_model(config: RunConfig, mesh: DeviceMesh | None, weights: str | None)
     """The model, or this process's share of it, initialised from the seed or filled with the weights at ``weights``."""
     with torch.device("meta"):
         model = CausalLM(config.model)
+    if config.training.fp8:
+        check_fp8(config)
+        multiply_in_fp8(model.model)
     torch.manual_seed(config.training.seed)
     if mesh is None:
         model.to_empty(device=get_device(None)._device)
         model.model.init_weights()
     else:
         check_degree(config.model, config.distributed.tensor_parallel_degree)
-        divide(model.model, mesh, _dtype(config), config.distributed.cpu_offload)
+        divide(model.model, mesh, compute_dtype(config), config.distributed.cpu_offload)
         init_shards(model.model)
         if config.distributed.cpu_offload:
             model.to = lambda *_: model  # Composer moves what it is given to the GPU
     if weights:
         checkpoints.load_weights(model.model, weights)
     checkpoint_activations(model.model, config.distributed.activation_checkpointing)
-    if _dtype(config) == torch.bfloat16 and not torch.cuda.is_available():
+    if config.training.compile:
+        compile_training(model)
+    if compute_dtype(config) == torch.bfloat16 and not torch.cuda.is_available():
         # Composer has no mixed precision on a CPU.
         model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     return model
-
-
-def _dtype(config: RunConfig) -> torch.dtype:
-    return torch.bfloat16 if config.training.precision == "bf16" else torch.float32
 
 
 def build_optimizer(model: CausalLM, stage: StageConfig) -> torch.optim.AdamW:
@@ -229,11 +236,11 @@ def build_train_data(config: RunConfig, manifests: dict[str, Manifest]) -> DataS
     return build_dataloader(token_shards(config), manifests, rows, config.training.seed, copies)
 
 
-def build_evaluators(config: RunConfig) -> list[Evaluator]:
+def build_evaluators(config: RunConfig, manifests: dict[str, Manifest]) -> list[Evaluator]:
     """One for each set of ``data.held_out``; their figures are ``eval/<set>/loss`` and so on."""
     rows, copies = config.training.stage.batch_size_per_gpu, config.distributed.tensor_parallel_degree
     return [
-        Evaluator(label=f"eval/{name}", dataloader=build_held_out(config.data, name, rows, copies))
+        Evaluator(label=f"eval/{name}", dataloader=build_held_out(config.data, name, manifests[name], rows, copies))
         for name in config.data.held_out
     ]
 
@@ -250,7 +257,9 @@ def build_algorithms(config: RunConfig, tokenizer: Tokenizer, mesh: DeviceMesh |
         algorithms.append(CachedDistillation(training.distillation))
     elif training.teacher_model:
         path = check_teacher(training.teacher_model, tokenizer)
-        teacher = load_teacher(path, get_device(None)._device, _dtype(config), config.data.trust_remote_code, mesh)
+        teacher = load_teacher(
+            path, get_device(None)._device, compute_dtype(config), config.data.trust_remote_code, mesh
+        )
         algorithms.append(KnowledgeDistillation(teacher, training.distillation))
     return algorithms
 

@@ -8,7 +8,7 @@ from cheaper.data.arithmetic import is_right
 from cheaper.data.chat import ChatTemplate
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
 from cheaper.files import read_records
-from cheaper.generation import greedy
+from cheaper.generation import Sampling, continuations
 
 PRE_TRAINING = ("teacher", "phase1", "phase2", "without-teacher", "midtrain")
 CHATS = ("midtrain", "general-sft", "reasoning-sft")
@@ -48,7 +48,9 @@ def main() -> None:
             rows = read_records(Path(f"data/sample/raw/held_out_{kind}.jsonl"))
             share = ""
             if stage in asked:
-                answers = greedy(decoder, prompts(rows, tokenizer, template, as_chat), 64, stop_ids)
+                answers = continuations(
+                    decoder, prompts(rows, tokenizer, template, as_chat), Sampling(64, stop_ids=stop_ids)
+                )
                 right = [is_right(tokenizer.decode(ids), row["answer"]) for ids, row in zip(answers, rows, strict=True)]
                 share = f"{sum(right) / len(right):.0%}"
             line += f"{share:>12}"

@@ -75,7 +75,7 @@ class Corpus:
             "logging: {interval: 1}\n"
         )
         config = load_config([str(folder / "recipe.yaml")])
-        convert_mixture(config.data, sequence_length=32, processes=1)
+        convert_mixture(config.data, 32, processes=1)
 
     def arguments(self, run: Path, *overrides: str) -> list[str]:
         """The command line of a run of 40 steps of 4 rows that writes into ``run``."""

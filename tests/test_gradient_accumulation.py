@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from cheaper.data.streams import count_tokens
 from cheaper.losses.chunked import IGNORED
 from cheaper.models.composer_model import CausalLM
+from cheaper.models.decoder import count_targets
 from tests.numerics.test_llama4_parity import randomise, small
 
 ROWS, LENGTH = 8, 24
@@ -33,7 +34,12 @@ def batch() -> dict[str, torch.Tensor]:
     labels = input_ids.clone()
     for row in range(ROWS):
         labels[row, : LENGTH - 3 * row] = IGNORED
-    return {"input_ids": input_ids, "labels": labels, "row_tokens": torch.full((ROWS,), LENGTH)}
+    return {
+        "input_ids": input_ids,
+        "labels": labels,
+        "row_tokens": [LENGTH] * ROWS,
+        "row_targets": count_targets(labels, dim=-1).tolist(),
+    }
 
 
 def loader() -> DataSpec:

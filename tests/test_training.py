@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cheaper import cli, training
+from cheaper import cli, precision, training
 from cheaper.checkpoints import load_weights, model_weights, safe_load
 from cheaper.compose import load_config
 from cheaper.data.streams import epoch_tokens, row_length, shares
@@ -179,7 +179,7 @@ def test_shards_that_do_not_fit_are_refused(corpus, tmp_path, capsys):
     line = refusal(capsys, corpus.arguments(run, f"data.root={tmp_path}/nowhere"))
     assert line.endswith(f"data.streams.a: no shards in {tmp_path}/nowhere/a; make them with: cheaper convert")
     line = refusal(capsys, corpus.arguments(run, "training.stage.sequence_length=64"))
-    assert "has rows of 32 tokens, training.stage.sequence_length is 64" in line
+    assert "has rows of 32 tokens, which cannot be cut into 64, training.stage.sequence_length" in line
     line = refusal(capsys, corpus.arguments(run, "model.vocab_size=300"))
     assert "model.vocab_size is 300: tokenizer" in line
     assert "has 320 words, expected at least as many" in line
@@ -302,15 +302,18 @@ def test_flops_per_token_by_hand():
     assert flops_per_token(config, 8) == 6 * matrices + 12 * 1 * 4 * 8
 
 
-def test_bf16_on_a_cpu_autocasts_the_products_and_keeps_fp32_weights(corpus, tmp_path):
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_autocasts_the_products_where_the_processor_has_it(corpus, tmp_path, monkeypatch, has_bf16, dtype):
+    monkeypatch.setattr(precision, "has_bf16", lambda: has_bf16)
     config = load_config(corpus.arguments(tmp_path / "run", "training.precision=bf16"))
+    assert precision.describe(config) == ("bf16" if has_bf16 else "fp32 (this processor has no bf16)")
     model = training.build_model(config, mesh=None, weights=None)
     seen = []
     model.model.blocks[0].attention.wq.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     ids = torch.arange(64).reshape(2, 32)
     out = model({"input_ids": ids, "labels": ids})
     out.loss_sum.backward()
-    assert seen == [torch.bfloat16]
+    assert seen == [dtype]
     assert out.loss_sum.dtype == torch.float32
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
@@ -321,3 +324,19 @@ def test_automatic_micro_batches_where_composer_has_none(corpus, tmp_path, capsy
     asked = ("training.auto_microbatch=true", f"distributed={layout}")
     line = refusal(capsys, corpus.arguments(tmp_path / "run", *asked))
     assert f"Composer does not offer it {why}" in line
+
+
+def test_long_rows_of_the_shards_serve_several_sequence_lengths(corpus, tmp_path, capsys):
+    """Cut when they are read, they train as shards of short rows do."""
+    long = (f"data.root={tmp_path}/long", "data.row_length=64", "data.shuffle=false")
+    assert cli.main(["convert", *corpus.arguments(tmp_path, *long)]) == 0
+    for name, arguments in {"short": ["data.shuffle=false"], "cut": long}.items():
+        short = ("training.stage.tokens=2560", *arguments)
+        assert cli.main(["train", *corpus.arguments(tmp_path / name, *short)]) == 0
+    short, cut = (read_records(tmp_path / name / "metrics.jsonl") for name in ("short", "cut"))
+    for key in ("train/loss", "data/tokens/a", "tokens"):
+        assert [record[key] for record in cut] == [record[key] for record in short]
+    whole = (*long, "training.stage.sequence_length=64", "training.stage.tokens=2560")
+    assert cli.main(["train", *corpus.arguments(tmp_path / "whole", *whole)]) == 0
+    line = refusal(capsys, corpus.arguments(tmp_path / "run", "data.row_length=48"))
+    assert "data.row_length is 48: expected a multiple of training.stage.sequence_length=32" in line

@@ -67,7 +67,7 @@ class Checkpointer(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         step = int(state.timestamp.batch)
         finished = state.timestamp >= state.max_duration
-        signum = _highest_over_ranks(self.stop_signal, state)
+        signum = _highest_over_ranks(self.stop_signal)
         if self._under_way and self._under_way[0].done():
             self._publish()
         if finished or signum or step % self.interval == 0:
@@ -131,9 +131,7 @@ def _not_written(partial: Path, final: Path, error: Exception) -> UserError:
     return UserError(f"checkpoint {final} could not be written: {reason}; the earlier ones are whole")
 
 
-def _highest_over_ranks(value: int, state: State) -> int:
-    if dist.get_world_size() == 1:
-        return value
-    tensor = state.device.tensor_to_device(torch.tensor(value))
+def _highest_over_ranks(value: int) -> int:
+    tensor = torch.tensor(value)  # on the processors, which need not wait for the device
     dist.all_reduce(tensor, reduce_operation="MAX")
     return int(tensor)

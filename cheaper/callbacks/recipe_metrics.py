@@ -62,7 +62,8 @@ class RecipeMetrics(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self._learning_rate = state.schedulers[0].get_last_lr()[0]
-        self._new_stream_tokens.index_add_(0, state.batch["stream"], state.batch["row_tokens"])
+        for stream, tokens in zip(state.batch["stream"], state.batch["row_tokens"], strict=True):
+            self._new_stream_tokens[stream] += tokens
 
     def after_forward(self, state: State, logger: Logger) -> None:
         out = state.outputs

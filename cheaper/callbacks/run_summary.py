@@ -13,10 +13,11 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist, get_device
 
 from cheaper.callbacks.metrics_file import own_metrics
-from cheaper.config import RunConfig, parse_target
+from cheaper.config import RunConfig, TrainingConfig, parse_target
 from cheaper.files import write_atomically
 from cheaper.losses.distillation import SUMS
 from cheaper.models.attention import kernel_name
+from cheaper.precision import compute_dtype, describe
 
 
 class RunSummary(LoggerDestination):
@@ -52,7 +53,7 @@ class RunSummary(LoggerDestination):
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU"
         kernel = kernel_name(
             get_device(None)._device,
-            torch.bfloat16 if self.config.training.precision == "bf16" else torch.float32,
+            compute_dtype(self.config),
             self.config.model.use_flash_attention,
         )
         return {
@@ -60,7 +61,8 @@ class RunSummary(LoggerDestination):
             "model": f"{self.config.model.name} with {parameters / 1e6:.1f}M parameters",
             "devices": f"{dist.get_world_size()} × {device}",
             "attention": kernel,
-            "precision": self.config.training.precision,
+            "precision": describe(self.config),
+            "blocks": _describe_blocks(self.config.training),
             "allocator": self.allocator,
         }
 
@@ -119,3 +121,7 @@ class RunSummary(LoggerDestination):
             lines.append(f"  {'stream ' + name:<30}{consumed} of the tokens, asked {asked}")
         lines.append(f"  {'everything is in':<30}{self.config.training.checkpoint_dir}")
         return "\n".join(["", *lines])
+
+
+def _describe_blocks(training: TrainingConfig) -> str:
+    return ("compiled" if training.compile else "as written") + (", products in fp8" if training.fp8 else "")

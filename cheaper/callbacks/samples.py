@@ -13,7 +13,7 @@ from cheaper.config import SamplesConfig
 from cheaper.data.chat import ChatTemplate
 from cheaper.data.tokenize import Tokenizer
 from cheaper.files import keep_until
-from cheaper.generation import greedy
+from cheaper.generation import Sampling, continuations
 
 
 class Samples(Callback):
@@ -30,19 +30,15 @@ class Samples(Callback):
     def __init__(
         self, path: Path, samples: SamplesConfig, tokenizer: Tokenizer, template: ChatTemplate | None, interval: int
     ):
-        self.path, self.max_new_tokens, self.tokenizer, self.interval = (
-            path,
-            samples.max_new_tokens,
-            tokenizer,
-            interval,
-        )
+        self.path, self.tokenizer, self.interval = path, tokenizer, interval
         start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         self.prompts = [(text, start + tokenizer.encode(text).tolist()) for text in samples.prompts]
-        self.stop_ids = [tokenizer.eos_id]
+        stop_ids = [tokenizer.eos_id]
         if template:
             asked = [(text, [{"role": "user", "content": text}]) for text in samples.chats]
             self.prompts += [(text, template.prompt(messages).tolist()) for text, messages in asked]
-            self.stop_ids.append(template.end_of_turn_id)
+            stop_ids.append(template.end_of_turn_id)
+        self.sampling = Sampling(samples.max_new_tokens, stop_ids=stop_ids)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if dist.get_global_rank() == 0:
@@ -54,7 +50,7 @@ class Samples(Callback):
             return
         decoder = getattr(state.model, "module", state.model).model  # inside DDP's wrapper, if there is one
         # Every rank takes part: a sharded model has no whole weights on one of them.
-        answers = greedy(decoder, [ids for _, ids in self.prompts], self.max_new_tokens, self.stop_ids)
+        answers = continuations(decoder, [ids for _, ids in self.prompts], self.sampling)
         if dist.get_global_rank() == 0:
             with open(self.path, "a") as file:
                 for (prompt, _), answer in zip(self.prompts, answers, strict=True):

@@ -2,7 +2,7 @@
 
     rows ──workers: parse, format, tokenise──▶ documents ──parent: join, cut──▶ token rows ──▶ MDS shards
 
-A document of text is BOS, its tokens, EOS. Documents are joined and cut into rows of ``sequence_length``; a document
+A document of text is BOS, its tokens, EOS. Documents are joined and cut into rows of ``data.row_length``; a document
 goes on in the next row, and only the last row of a stream is shorter. A chat is what its template makes of it, and
 stays whole: it has a row of its own, or with ``data.packing`` shares one. Columns of a row: ``input_ids``, ``lengths``
 of the documents or their pieces in it, and for chats ``loss_lengths``, all in the narrowest unsigned type.
@@ -58,13 +58,13 @@ BATCHES_AHEAD = 3  # per worker; bounds the memory
 
 
 def convert_mixture(
-    data: DataConfig, sequence_length: int, processes: int | None = None, only: list[str] | None = None
+    data: DataConfig, row_length: int, processes: int | None = None, only: list[str] | None = None
 ) -> dict[str, Manifest]:
     """Converts every stream of a mixture and what it holds out; those that are finished are left as they are.
 
     Args:
         data: The mixture. A ``data.root`` with a scheme (``s3://`` …) is uploaded to.
-        sequence_length: Tokens per row.
+        row_length: Tokens per row.
         processes: Worker processes, all cores by default.
         only: Names of the streams to convert, all by default.
 
@@ -76,7 +76,7 @@ def convert_mixture(
     """
     tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
     return {
-        name: convert_stream(name, stream, data, tokenizer, sequence_length, processes or os.cpu_count())
+        name: convert_stream(name, stream, data, tokenizer, row_length, processes or os.cpu_count())
         for name, stream in chosen(data, only).items()
     }
 
@@ -99,7 +99,7 @@ def convert_stream(
     stream: StreamConfig,
     data: DataConfig,
     tokenizer: Tokenizer,
-    sequence_length: int,
+    row_length: int,
     processes: int,
     part: slice = slice(None),
 ) -> Manifest:
@@ -109,7 +109,7 @@ def convert_stream(
     """
     read = get_format(stream.format, stream.field)
     template = ChatTemplate.load(data.chat_template, data.tokenizer, tokenizer) if read.is_chat else None
-    maker = _Maker(tokenizer, read, template, sequence_length, data.too_long)
+    maker = _Maker(tokenizer, read, template, row_length, data.too_long)
     remote = f"{data.root}/{name}" if "://" in data.root else None
     folder = Path(data.cache, "converting", data.root.replace("://", "/"), name) if remote else Path(data.root, name)
     manifest = _new_manifest(stream, data, maker)

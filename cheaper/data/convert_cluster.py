@@ -32,13 +32,13 @@ SUMMED = ("source_bytes", "documents", "rows", "tokens", "skipped", "next_row")
 
 
 def convert_on_ray(
-    data: DataConfig, sequence_length: int, processes: int | None = None, only: list[str] | None = None
+    data: DataConfig, row_length: int, processes: int | None = None, only: list[str] | None = None
 ) -> None:
     """Converts a mixture on the cluster at ``RAY_ADDRESS``, or with Ray on this machine alone.
 
     Args:
         data: The mixture; ``data.root`` is a folder that all machines see.
-        sequence_length: Tokens per row.
+        row_length: Tokens per row.
         processes: Worker processes of each part, 4 by default or as many as a machine has.
         only: Names of the streams to convert, all by default.
 
@@ -57,7 +57,7 @@ def convert_on_ray(
     try:
         convert = ray.remote(num_cpus=processes, max_retries=ATTEMPTS - 1)(_convert_part)
         waiting = [
-            convert.remote(name, number, part, data, sequence_length, processes)
+            convert.remote(name, number, part, data, row_length, processes)
             for name, parts in streams.items()
             for number, part in enumerate(parts)
         ]
@@ -89,10 +89,10 @@ def parts_of(name: str, stream: StreamConfig) -> list[slice]:
     return parts or [slice(None)]  # a data set has no files
 
 
-def _convert_part(name: str, number: int, part: slice, data: DataConfig, sequence_length: int, processes: int) -> None:
+def _convert_part(name: str, number: int, part: slice, data: DataConfig, row_length: int, processes: int) -> None:
     stream = data.streams.get(name) or data.held_out[name]
     tokenizer = load_tokenizer(data.tokenizer, data.trust_remote_code)
-    convert_stream(f"{name}/part-{number:05d}", stream, data, tokenizer, sequence_length, processes, part)
+    convert_stream(f"{name}/part-{number:05d}", stream, data, tokenizer, row_length, processes, part)
 
 
 def _join(folder: Path, stream: StreamConfig, parts: int) -> Manifest:
@@ -103,7 +103,8 @@ def _join(folder: Path, stream: StreamConfig, parts: int) -> Manifest:
     shards = [_moved(shard, name) for name, index in zip(names, indexes, strict=True) for shard in index["shards"]]
     write_atomically(folder / "index.json", json.dumps({**indexes[0], "shards": shards}).encode())
     sums = {key: sum(getattr(manifest, key) or 0 for manifest in manifests) for key in SUMMED}
-    whole = dataclasses.replace(manifests[0], source=dataclasses.asdict(stream.source), **sums)
+    sizes = [[manifest.rows, manifest.tokens] for manifest in manifests]
+    whole = dataclasses.replace(manifests[0], source=dataclasses.asdict(stream.source), parts=sizes, **sums)
     whole.write(folder / MANIFEST)
     return whole
 

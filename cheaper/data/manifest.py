@@ -60,6 +60,22 @@ class Manifest:
     held: list[list[int]] = dataclasses.field(default_factory=list)  # such raw rows in no shard, and rounds waited
     shards: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # until complete; then index.json has them
     teacher: TeacherRecord | None = None  # of a teacher cache
+    parts: list[list[int]] = dataclasses.field(default_factory=list)  # rows and tokens of each, if it has several
+    cuts: int = 1  # rows of a training that each row of the shards is cut into, see ``cut_into``
+
+    def cut_into(self, length: int) -> Manifest:
+        """The manifest as a training on rows of ``length`` tokens sees it; text fills all rows but a part's last.
+
+        Raises:
+            ValueError: The rows cannot be cut so.
+        """
+        if length == self.sequence_length:
+            return self
+        if self.sequence_length % length or self.chat_template:
+            raise ValueError(f"rows of {self.sequence_length} tokens, which cannot be cut into {length}")
+        cuts, parts = self.sequence_length // length, self.parts or [[self.rows, self.tokens]]
+        rows = sum(-(-tokens // length) for _, tokens in parts)
+        return dataclasses.replace(self, sequence_length=length, rows=rows, parts=parts, cuts=cuts)
 
     @classmethod
     def read(cls, path: Path) -> Manifest:

@@ -1,8 +1,13 @@
-"""The order of a mixture: at every moment the streams are consumed in the asked proportions.
+"""The order of a mixture: an endless sequence of rows in which every stream always has its share.
 
-Streaming's own ``random`` batching shuffles all shards together, so that a stream of few large shards comes early or
-late; its ``stratified`` batching needs a row of every stream in every batch. Here each stream is shuffled on its own,
-and the streams are interleaved evenly: after any number of rows every stream is within one row of its share.
+Row j of a stream with share r of all rows stands at place (j + u) / r, with one random u in [0, 1) per stream: after
+any number of rows every stream is within a few rows of its share. A stream is passed over again and again, and in each
+pass every row comes exactly once, in another order. The order depends on the seed only, not on how many processes share
+it.
+
+Any piece of the sequence is made on its own, in memory of the piece's size: two trillion tokens are a billion rows.
+Streaming's own ``random`` batching needs all of them at once, shuffles all shards together, so that a stream of few
+large shards comes early or late, and draws a part of a stream anew in each epoch instead of going on in it.
 """
 
 from __future__ import annotations
@@ -11,59 +16,80 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming import StreamingDataset
-from streaming.base.batching import batching_methods
-from streaming.base.partition import get_partitions
-from streaming.base.shuffle import get_shuffle
-from streaming.base.world import World
 
-EVENLY = "evenly"
+SHUFFLED_TOGETHER = 1 << 18  # rows of a stream; their shards are in use at the same time
 
 
-def interleave(counts: Sequence[int], seed: int) -> NDArray[np.int64]:
-    """The even order of several streams' rows.
-
-    Row j of a stream of n rows stands at (j + u) / n of the way, with one random u in [0, 1) per stream.
+class Mixture:
+    """Which row of which stream comes when.
 
     Args:
-        counts: Rows of each stream.
-        seed: For the streams' offsets.
-
-    Returns:
-        [sum of counts] int64: which of the streams' rows, laid end to end, comes at each place.
+        shares: Of each stream, of all rows; any positive numbers.
+        shards: Rows in each shard of each stream. Rows are numbered through shards and streams.
+        seed: Of the streams' offsets and of the shuffle.
+        shuffle: Whether a pass over a stream takes its rows in random order, or as they are.
     """
-    offsets = np.random.default_rng(seed).random(len(counts))
-    places = [(np.arange(count) + offset) / count for count, offset in zip(counts, offsets, strict=True)]
-    return np.argsort(np.concatenate(places), kind="stable")
+
+    def __init__(self, shares: Sequence[float], shards: Sequence[NDArray[np.int64]], seed: int, shuffle: bool):
+        self.shares = np.array(shares, np.float64) / sum(shares)
+        self.shards, self.seed, self.shuffle = shards, seed, shuffle
+        self.sizes = [int(rows.sum()) for rows in shards]
+        self.first_rows = np.cumsum([0, *self.sizes]).tolist()
+        self.offsets = np.random.default_rng(seed).random(len(shards))
+
+    def rows(self, begin: int, end: int) -> NDArray[np.int64]:
+        """The rows from place ``begin`` to ``end`` of the sequence, [end - begin] int64."""
+        spans = list(zip(self.counts(begin).tolist(), self.counts(end).tolist(), strict=True))
+        rows = np.concatenate([self.stream_rows(stream, *span) for stream, span in enumerate(spans)])
+        places = [
+            (np.arange(*span) + offset) / share
+            for span, offset, share in zip(spans, self.offsets, self.shares, strict=True)
+        ]
+        return rows[np.argsort(np.concatenate(places), kind="stable")]  # which merges what is sorted already
+
+    def counts(self, total: int) -> NDArray[np.int64]:
+        """How many rows of each stream are among the first ``total``; int64."""
+        low, high = 0.0, total + 1 / self.shares.min()
+        while low < (middle := (low + high) / 2) < high:
+            low, high = (middle, high) if self._before(middle).sum() <= total else (low, middle)
+        counts, more = self._before(low), self._before(high) - self._before(low)
+        # Rows at one place: the first streams' come first.
+        return counts + np.diff(np.minimum(more.cumsum(), total - counts.sum()), prepend=0)
+
+    def _before(self, place: float) -> NDArray[np.int64]:
+        return np.maximum(np.ceil(place * self.shares - self.offsets), 0).astype(np.int64)
+
+    def stream_rows(self, stream: int, begin: int, end: int) -> NDArray[np.int64]:
+        """Rows ``begin`` to ``end`` of the endless sequence of passes over ``stream``."""
+        size, parts = self.sizes[stream], [np.empty(0, np.int64)]
+        while begin < end:
+            number, place = divmod(begin, size)
+            stop = min(size, place + end - begin)
+            parts.append(self._pass_rows(stream, number, place, stop))
+            begin += stop - place
+        return np.concatenate(parts) + self.first_rows[stream]
+
+    def _pass_rows(self, stream: int, number: int, begin: int, end: int) -> NDArray[np.int64]:
+        """Rows ``begin`` to ``end`` of one pass: shards in random order, and rows of neighbouring ones shuffled."""
+        if not self.shuffle:
+            return np.arange(begin, end)
+        rows, seed = self.shards[stream], [self.seed, stream, number]
+        order = np.random.default_rng(seed).permutation(len(rows))
+        first_rows, sizes = (rows.cumsum() - rows)[order], rows[order]
+        starts = sizes.cumsum() - sizes
+        windows = starts // SHUFFLED_TOGETHER  # a shard belongs to the window in which it begins
+        first, last = windows[np.searchsorted(starts, [begin, end - 1], side="right") - 1]
+        parts = []
+        for window in range(first, last + 1):
+            inside = slice(*np.searchsorted(windows, [window, window + 1]))
+            shuffled = ranges(first_rows[inside], sizes[inside])
+            np.random.default_rng([*seed, window]).shuffle(shuffled)
+            parts.append(shuffled)
+        skipped = starts[np.searchsorted(windows, first)]
+        return np.concatenate(parts)[begin - skipped : end - skipped]
 
 
-def order_evenly(dataset: StreamingDataset, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-    """One epoch's sample ids for streaming: [nodes, ranks, workers, batches, rows], -1 for none.
-
-    The order over all ranks depends on the seed, the epoch and ``num_canonical_nodes`` only, not on how many nodes,
-    ranks and workers share it.
-    """
-    rows = []
-    for stream in range(dataset.num_streams):
-        shard_parts, sample_ids = dataset.resample_streams(epoch, stream)
-        if dataset.shuffle:
-            seed = dataset.shuffle_seed + stream  # streams of the same shape must not move in step
-            nodes, block = dataset.num_canonical_nodes, dataset.shuffle_block_size
-            sample_ids = sample_ids[get_shuffle(dataset.shuffle_algo, shard_parts, nodes, seed, epoch, block)]
-        rows.append(sample_ids)
-    ordered = np.concatenate(rows)[interleave([len(ids) for ids in rows], dataset.shuffle_seed + epoch)]
-    places = get_partitions(
-        dataset.partition_algo,
-        dataset.epoch_size,
-        dataset.num_canonical_nodes,
-        world.num_nodes,
-        world.ranks_per_node,
-        world.workers_per_rank,
-        dataset.batch_size,
-        sample_in_epoch,
-        dataset.initial_physical_nodes,
-    )
-    return np.where(places != -1, ordered[places], -1)
-
-
-batching_methods[EVENLY] = order_evenly  # streaming looks its batching methods up here by name
+def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The whole numbers from each start on, so many each, end to end."""
+    before = lengths.cumsum() - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)

@@ -77,6 +77,14 @@ class RowCutter:
         return Position(int(self.ordinals[document]), int(token - begin), self.documents + int(document))
 
 
+def cut_row(row: Row, begin: int, length: int) -> Row:
+    """The part of a row of text from token ``begin`` on, ``length`` tokens or what there is."""
+    tokens = row["input_ids"][begin : begin + length]
+    ends = row["lengths"].cumsum(dtype=np.int64).clip(begin, begin + len(tokens))
+    lengths = np.diff(ends, prepend=begin)
+    return {**row, "input_ids": tokens, "lengths": lengths[lengths > 0].astype(row["lengths"].dtype)}
+
+
 @dataclass(frozen=True)
 class _Chat:
     ordinal: int

@@ -1,12 +1,13 @@
 """MDS shards of several streams, mixed by proportion, as batches.
 
-A batch is a dict of tensors::
+A batch is a dict of tensors, and of lists where a device has no use for a figure: reading it there would make it wait::
 
     input_ids         [B, T] int64   token ids; rows shorter than the longest are padded with 0 on the right
     labels            [B, T] int64   the same ids, IGNORED where there is no target; the model shifts them
-    row_tokens        [B] int64      tokens of the row without padding
-    stream            [B] int64      which stream the row comes from, in the order of ``DataConfig.streams``
-    sample            [B] int64      the row's number in the whole mixture
+    row_tokens        B integers     tokens of each row without padding
+    row_targets       B integers     targets of each row
+    stream            B integers     which stream each row comes from, in the order of ``DataConfig.streams``
+    sample            B integers     each row's number in the whole mixture
     document_lengths  [B, N] int64   only where attention stays inside documents: their lengths, then those of the
                                      padding and zeros; T in all
     teacher_…                        only from a teacher cache: ids, probabilities [B, T, K] and most_likely, tail or
@@ -19,6 +20,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import signal
 import tempfile
 from collections.abc import Iterable
@@ -29,39 +31,19 @@ import numpy as np
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
-from streaming import Stream, StreamingDataset
 from streaming.base.storage import CloudDownloader
 from torch.utils.data import DataLoader
 
 from cheaper.config import DataConfig
-from cheaper.data.manifest import Manifest, TeacherRecord
-from cheaper.data.mixing import EVENLY
-from cheaper.data.teacher_cache import KeptRow, decode_row
+from cheaper.data.dataset import TokenDataset, TokenStream
+from cheaper.data.manifest import Manifest
+from cheaper.data.teacher_cache import KeptRow
 from cheaper.data.tokenize import Tokenizer
 from cheaper.errors import UserError
 from cheaper.losses.chunked import IGNORED
 from cheaper.models.decoder import count_targets
 
-
-class MixedTokenDataset(StreamingDataset):
-    """Rows of tokens drawn from several streams; each row knows its stream and its number.
-
-    Args:
-        teacher: How the streams' column ``teacher`` was made, if it is wanted.
-        arguments: Streaming's.
-    """
-
-    def __init__(self, teacher: TeacherRecord | None = None, **arguments: Any):
-        super().__init__(**arguments)
-        self.teacher = teacher
-        self.batching_method = EVENLY  # the constructor takes only streaming's own
-
-    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
-        row = super().get_item(sample_id, retry)
-        shard_id, _ = self.spanner[sample_id]
-        if self.teacher:
-            row["teacher"] = decode_row(row["teacher"], len(row["input_ids"]), self.teacher)
-        return {**row, "sample": sample_id, "stream": int(self.stream_per_shard[shard_id])}
+MOST_EPOCH_ROWS = 1 << 23  # whose order is in memory at once; 17 billion tokens in rows of 2,048
 
 
 def mixed_streams(data: DataConfig) -> list[str]:
@@ -100,30 +82,41 @@ def build_dataloader(
         seed: Seed of the shuffle.
         copies: Neighbouring devices that see the same rows.
     """
-    # Streaming's proportions are of rows, ours of tokens.
-    rows = {
-        name: share * manifests[name].rows / manifests[name].tokens for name, share in shares(data, manifests).items()
-    }
-    whole = any(stream.proportion is None for stream in data.streams.values())
-    streams = [Stream(**location(data, name), **({} if whole else {"proportion": rows[name]})) for name in rows]
-    teacher = next(iter(manifests.values())).teacher
-    order = {"shuffle": data.shuffle, "shuffle_seed": seed, "teacher": teacher}
+    # The mixture's shares are of tokens; a row of one stream may have fewer than one of another.
+    of_tokens = shares(data, manifests)
+    of_rows = {name: share * manifests[name].rows / manifests[name].tokens for name, share in of_tokens.items()}
+    streams = [TokenStream(data, name, manifests[name]) for name in of_rows]
+    order = {"shares": list(of_rows.values()), "shuffle": data.shuffle, "shuffle_seed": seed}
+    order["epoch_size"] = epoch_rows(
+        sum(manifests[name].rows for name in of_rows),
+        step=math.lcm(batch_size * dist.get_world_size() // copies, data.canonical_nodes),
+    )
     return _dataloader(data, streams, batch_size, data.num_workers, copies, **order)
 
 
-def build_held_out(data: DataConfig, name: str, batch_size: int, copies: int = 1) -> DataSpec:
+def epoch_rows(rows: int, step: int) -> int:
+    """Rows of one of streaming's epochs: all, or where there are too many as many whole steps as may be.
+
+    Args:
+        rows: Of all streams.
+        step: Rows that all devices see in a step.
+    """
+    return rows if rows <= MOST_EPOCH_ROWS else MOST_EPOCH_ROWS // step * step
+
+
+def build_held_out(data: DataConfig, name: str, manifest: Manifest, batch_size: int, copies: int = 1) -> DataSpec:
     """One of ``data.held_out``, always in the same order."""
-    return _dataloader(data, [Stream(**location(data, name))], batch_size, 0, copies, shuffle=False)
+    return _dataloader(data, [TokenStream(data, name, manifest)], batch_size, 0, copies)
 
 
 def _dataloader(
-    data: DataConfig, streams: list[Stream], batch_size: int, num_workers: int, copies: int, **arguments: Any
+    data: DataConfig, streams: list[TokenStream], batch_size: int, num_workers: int, copies: int, **arguments: Any
 ) -> DataSpec:
     if copies > 1:
         arguments["replication"] = copies
         logging.getLogger("streaming.base.dataset").setLevel(logging.ERROR)  # it warns of what is counted below
     nodes = data.canonical_nodes
-    dataset = MixedTokenDataset(streams=streams, batch_size=batch_size, num_canonical_nodes=nodes, **arguments)
+    dataset = TokenDataset(streams, batch_size=batch_size, num_canonical_nodes=nodes, **arguments)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -150,24 +143,25 @@ def within_documents(data: DataConfig) -> bool:
     return data.intra_document_attention or data.packing
 
 
-def collate(rows: list[dict[str, Any]], within_documents: bool = False) -> dict[str, torch.Tensor]:
+def collate(rows: list[dict[str, Any]], within_documents: bool = False) -> dict[str, torch.Tensor | list[int]]:
     """Pads rows to the longest and stacks them into a batch, see the module's docstring."""
-    row_tokens = torch.tensor([len(row["input_ids"]) for row in rows])
-    width = int(row_tokens.max())
-    input_ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    labels = torch.full((len(rows), width), IGNORED)
-    for i, row in enumerate(rows):
-        tokens = torch.from_numpy(row["input_ids"].astype(np.int64))
-        input_ids[i, : len(tokens)] = tokens
-        labels[i, : len(tokens)] = torch.where(_has_loss(row), tokens, IGNORED)
+    row_tokens = [len(row["input_ids"]) for row in rows]
+    width = max(row_tokens)
+    input_ids = np.zeros((len(rows), width), np.int64)
+    labels = np.full((len(rows), width), IGNORED)
+    for row, tokens, ids, targets in zip(rows, row_tokens, input_ids, labels, strict=True):
+        ids[:tokens] = row["input_ids"]
+        np.copyto(targets[:tokens], ids[:tokens], where=_has_loss(row))
         if within_documents:  # nothing that it may see tells a document's first token
-            labels[i, row["lengths"].cumsum(dtype=np.int64)[:-1]] = IGNORED
+            targets[row["lengths"].cumsum(dtype=np.int64)[:-1]] = IGNORED
+    input_ids, labels = torch.from_numpy(input_ids), torch.from_numpy(labels)
     batch = {
         "input_ids": input_ids,
         "labels": labels,
         "row_tokens": row_tokens,
-        "stream": torch.tensor([row["stream"] for row in rows]),
-        "sample": torch.tensor([row["sample"] for row in rows]),
+        "row_targets": count_targets(labels, dim=-1).tolist(),
+        "stream": [row["stream"] for row in rows],
+        "sample": [row["sample"] for row in rows],
     }
     if within_documents:
         # Padding is a document of its own: nothing real attends to it.
@@ -192,18 +186,17 @@ def _collate_teacher(rows: list[KeptRow], width: int) -> dict[str, torch.Tensor]
     return batch
 
 
-def _has_loss(row: dict[str, Any]) -> torch.Tensor:
-    """Which tokens of a row have loss; bool [T]."""
+def _has_loss(row: dict[str, Any]) -> np.ndarray | bool:
+    """Which tokens of a row have loss: bool [T], or all."""
     if "loss_lengths" not in row:
-        return torch.ones(len(row["input_ids"]), dtype=torch.bool)
-    runs = torch.from_numpy(row["loss_lengths"].astype(np.int64))  # without loss, with, without, …
-    return torch.repeat_interleave(torch.arange(len(runs)) % 2 == 1, runs)
+        return True
+    runs = row["loss_lengths"]  # without loss, with, without, …
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs)
 
 
-def count_tokens(batch: dict[str, torch.Tensor], counted: bool = True) -> dict[str, int]:
+def count_tokens(batch: dict[str, torch.Tensor | list[int]], counted: bool = True) -> dict[str, int]:
     """Tokens without padding, and the targets among them, by which Composer weighs micro-batches and ranks."""
-    total = int(batch["row_tokens"].sum()) * counted
-    return {"total": total, "loss_generating": int(count_targets(batch["labels"]))}
+    return {"total": sum(batch["row_tokens"]) * counted, "loss_generating": sum(batch["row_targets"])}
 
 
 def check_shards(
@@ -219,10 +212,10 @@ def check_shards(
         tokenizer: The run's tokenizer.
 
     Returns:
-        The manifest of each.
+        The manifest of each, as the run sees it.
 
     Raises:
-        UserError: Shards are missing, unfinished, cut short, or made for another tokenizer or sequence length.
+        UserError: Shards are missing, unfinished, cut short, or made for another tokenizer or row length.
     """
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -232,7 +225,7 @@ def check_shards(
     manifests = {}
     for name in names:
         folder = f"{data.root}/{name}"
-        manifest = manifests[name] = _read_manifest(name, folder)
+        manifest = _read_manifest(name, folder)
         if not manifest.complete:
             raise UserError(f"data.streams.{name}: the conversion into {folder} has not finished; run it again")
         if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
@@ -240,11 +233,11 @@ def check_shards(
                 f"data.streams.{name}: {folder} was made with tokenizer {manifest.tokenizer_name} "
                 f"({manifest.tokenizer_fingerprint[:12]}), the run has {data.tokenizer} ({tokenizer.fingerprint[:12]})"
             )
-        if manifest.sequence_length != sequence_length:
-            raise UserError(
-                f"data.streams.{name}: {folder} has rows of {manifest.sequence_length} tokens, "
-                f"training.stage.sequence_length is {sequence_length}; convert again into another data.root"
-            )
+        try:
+            manifests[name] = manifest.cut_into(sequence_length)
+        except ValueError as error:
+            told = f"{folder} has {error}, training.stage.sequence_length"
+            raise UserError(f"data.streams.{name}: {told}; convert again into another data.root") from None
         if manifest.chat_template and manifest.packing != data.packing:
             raise UserError(
                 f"data.streams.{name}: {folder} was made with data.packing={manifest.packing}, the run has "
@@ -275,9 +268,3 @@ def _check_sizes(name: str, folder: Path) -> None:
         if size != expected["bytes"]:
             got = "is missing" if size is None else f"has {size} bytes"
             raise UserError(f"data.streams.{name}: shard {path} {got}, expected {expected['bytes']} bytes")
-
-
-def location(data: DataConfig, name: str) -> dict[str, str]:
-    if "://" not in data.root:
-        return {"local": f"{data.root}/{name}"}
-    return {"remote": f"{data.root}/{name}", "local": f"{data.cache}/{data.name}/{name}"}

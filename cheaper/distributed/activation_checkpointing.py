@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
+from types import MethodType
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from cheaper.models.decoder import Decoder
+from cheaper.models.decoder import Block, Decoder
 
 ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -29,9 +29,14 @@ def checkpoint_activations(decoder: Decoder, mode: str) -> None:
     if mode == "none":
         return
     kept = {"context_fn": _keep_expensive} if mode == "selective" else {}
+
+    def forward(block: Block, *inputs) -> torch.Tensor:
+        return checkpoint(type(block).forward, block, *inputs, use_reentrant=False, **kept)
+
     for block in decoder.blocks:
-        # Within the block's call, so that sharding, which gathers parameters around it, gathers them once.
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **kept)
+        # Within the block's call, so that sharding, which gathers parameters around it, gathers them once; and one
+        # function for all of them, which is compiled once.
+        block.forward = MethodType(forward, block)
 
 
 def _keep_expensive():

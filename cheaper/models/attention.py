@@ -50,24 +50,28 @@ def causal_attention(
     if varlen := _varlen(name, q_BTHE):
         borders = F.pad(document_lengths_BN.flatten().cumsum(0), (1, 0)).int()
         return varlen(*rows, borders, longest=q_BTHE.shape[1]).view_as(q_BTHE)
-    # One call per document: memory and time grow with the documents' lengths squared, not with the row's.
-    lengths = [length for length in document_lengths_BN.flatten().tolist() if length]
-    documents = zip(*(x[None].split(lengths, dim=1) for x in rows), strict=True)
-    return torch.cat([KERNELS[name](*document) for document in documents], dim=1).view_as(q_BTHE)
+    return _each_document(KERNELS[name], rows, document_lengths_BN).view_as(q_BTHE)
 
 
-def fused_attention(
-    q_BTHE: torch.Tensor, k_BSKE: torch.Tensor, v_BSKE: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """PyTorch's fused attention; causal without a ``mask`` (bool, [B, 1, T, S] or less, true where a query looks)."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BSKE, v_BSKE))
+def fused_attention(q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor) -> torch.Tensor:
+    """PyTorch's fused attention."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
     # PyTorch's fused kernels take one key head per query head, but for CUDA's half-precision ones; asked for groups,
     # the others give way to an unfused one.
     grouped = q.device.type == "cuda" and q.dtype in HALF
     if not grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    causal = mask is None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+@torch.compiler.disable  # how many calls there are is in the data
+def _each_document(
+    kernel: Callable[..., torch.Tensor], rows: list[torch.Tensor], document_lengths_BN: torch.Tensor
+) -> torch.Tensor:
+    """One call per document: memory and time grow with the documents' lengths squared, not with the row's."""
+    lengths = [length for length in document_lengths_BN.flatten().tolist() if length]
+    documents = zip(*(x[None].split(lengths, dim=1) for x in rows), strict=True)
+    return torch.cat([kernel(*document) for document in documents], dim=1)
 
 
 def _flash(q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor) -> torch.Tensor:

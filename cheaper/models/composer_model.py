@@ -25,10 +25,11 @@ class CausalLM(ComposerModel):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.model = Decoder(config)
+        self.cross_entropy = linear_cross_entropy
 
     def forward(self, batch: dict[str, Any]) -> LossOutput:
         """``batch["loss"]`` takes the place of the cross-entropy; an Algorithm may put it there."""
-        loss = batch.get("loss", linear_cross_entropy)
+        loss = batch.get("loss", self.cross_entropy)
         return self.model(batch["input_ids"], batch["labels"], batch.get("document_lengths"), loss)
 
     def loss(self, outputs: LossOutput, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -145,7 +145,7 @@ class Decoder(nn.Module):
         for block, layer in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks), strict=True):
             x_BTD = block(x_BTD, rotation, document_lengths_BN, layer)
         if cache:
-            cache.passed()
+            cache.passed(input_ids_BT.shape[1])
         return whole(self.norm(x_BTD))
 
     def next_token_logits(self, input_ids_BT: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
@@ -176,9 +176,9 @@ def targets(labels_BT: torch.Tensor) -> torch.Tensor:
     return labels_BT[:, 1:].flatten()
 
 
-def count_targets(labels_BT: torch.Tensor) -> torch.Tensor:
-    """How many tokens the loss of ``labels`` [B, T] is summed over; int64 scalar."""
-    return (targets(labels_BT) != IGNORED).sum()
+def count_targets(labels_BT: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """How many tokens the loss of ``labels`` [B, T] is summed over, in all or along ``dim``; int64."""
+    return (labels_BT[:, 1:] != IGNORED).sum(dim)
 
 
 class Block(nn.Module):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from cheaper.models.attention import causal_attention, fused_attention
+from cheaper.models.attention import causal_attention
+
+GROWTH = 256  # tokens that there is room for at first beside the prompt; then as much again each time
 
 
 class KeyValueCache:
@@ -17,13 +19,17 @@ class KeyValueCache:
     Args:
         num_layers: Of the decoder.
         lengths_B: int64, tokens of each prompt.
-        room: Tokens that a text may come to, S.
     """
 
-    def __init__(self, num_layers: int, lengths_B: torch.Tensor, room: int):
-        self.lengths_B, self.room = lengths_B, room  # once the prompts are kept: lengths before the next pass
-        self.has_prompts = False
+    def __init__(self, num_layers: int, lengths_B: torch.Tensor):
+        self.lengths_B = lengths_B  # once the prompts are kept: lengths before the next pass
+        self.longest = 0  # tokens that the longest text may have after the next pass, S; known without asking a device
         self.layers = [LayerCache(self) for _ in range(num_layers)]
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the first pass is over."""
+        return self.longest > 0
 
     def places(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Positions of a pass's tokens in their texts: [T] in the prompts, [B, 1] after them."""
@@ -31,28 +37,37 @@ class KeyValueCache:
             return self.lengths_B[:, None]
         return torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)
 
-    def passed(self) -> None:
-        """Says that a pass has gone through all layers."""
+    def passed(self, tokens: int) -> None:
+        """Says that a pass over so many tokens of each text has gone through all layers."""
         if self.has_prompts:
             self.lengths_B = self.lengths_B + 1
-        self.has_prompts = True
+        self.longest += tokens + (not self.has_prompts)
 
 
 class LayerCache:
-    """The part of one layer: keys and values [B, S, K, E]."""
+    """The part of one layer: keys and values [B, room, K, E]."""
 
     def __init__(self, cache: KeyValueCache):
         self.cache = cache
-        self.keys_BSKE = self.values_BSKE = torch.empty(0)
+        self.keys = self.values = torch.empty(0)
 
     def attention(self, q_BTHE: torch.Tensor, k_BTKE: torch.Tensor, v_BTKE: torch.Tensor, flash: bool) -> torch.Tensor:
         """Keeps the pass's keys and values; each query attends to those of its text up to its own; [B, T, H, E]."""
         if not self.cache.has_prompts:
-            more = (0, 0, 0, 0, 0, self.cache.room - k_BTKE.shape[1])
-            self.keys_BSKE, self.values_BSKE = F.pad(k_BTKE, more), F.pad(v_BTKE, more)
+            self.keys, self.values = (_with_room(x, GROWTH) for x in (k_BTKE, v_BTKE))
             return causal_attention(q_BTHE, k_BTKE, v_BTKE, None, flash)
-        lengths_B = self.cache.lengths_B
+        lengths_B, longest = self.cache.lengths_B, self.cache.longest
+        if longest > self.keys.shape[1]:
+            self.keys, self.values = (_with_room(x, x.shape[1]) for x in (self.keys, self.values))
         texts_B = torch.arange(len(lengths_B), device=lengths_B.device)
-        self.keys_BSKE[texts_B, lengths_B], self.values_BSKE[texts_B, lengths_B] = k_BTKE[:, 0], v_BTKE[:, 0]
-        seen_BS = torch.arange(self.cache.room, device=lengths_B.device) <= lengths_B[:, None]
-        return fused_attention(q_BTHE, self.keys_BSKE, self.values_BSKE, seen_BS[:, None, None])
+        self.keys[texts_B, lengths_B], self.values[texts_B, lengths_B] = k_BTKE[:, 0], v_BTKE[:, 0]
+        k_BKSE, v_BKSE = (x[:, :longest].transpose(1, 2) for x in (self.keys, self.values))
+        seen_BS = torch.arange(longest, device=lengths_B.device) <= lengths_B[:, None]
+        # The query heads that share a key head are rows of one product: keys are not repeated.
+        q_BKRE = q_BTHE[:, 0].unflatten(1, (k_BKSE.shape[1], -1))
+        out_BKRE = F.scaled_dot_product_attention(q_BKRE, k_BKSE, v_BKSE, seen_BS[:, None, None])
+        return out_BKRE.flatten(1, 2)[:, None]
+
+
+def _with_room(x_BTKE: torch.Tensor, tokens: int) -> torch.Tensor:
+    return F.pad(x_BTKE, (0, 0, 0, 0, 0, tokens))

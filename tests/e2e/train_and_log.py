@@ -25,7 +25,7 @@ class Log(Callback):
     def batch_start(self, state, logger):
         time.sleep(float(os.environ.get("SLOW", 0)))
         with open(self.path, "a") as file:
-            line = {"step": int(state.timestamp.batch), "samples": state.batch["sample"].tolist()}
+            line = {"step": int(state.timestamp.batch), "samples": state.batch["sample"]}
             file.write(json.dumps(line) + "\n")
 
     def batch_end(self, state, logger):

@@ -1,0 +1,113 @@
+"""Where a step's time and memory go: a trace to look at in a browser, and a page of text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import State
+from composer.loggers import Logger
+from composer.profiler import Profiler, ProfilerAction, TorchProfiler, TraceHandler, cyclic_schedule
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEventAvg
+
+from cheaper.files import write_atomically
+
+OPERATIONS = 30  # on the page
+
+
+def build_profiler(folder: Path) -> Profiler:
+    """Records three of the run's first steps into ``rank<n>.json`` and ``rank<n>.txt``.
+
+    Three go by before: two in which the data loader starts and blocks are compiled, one that warms the recording up.
+    Of a run of fewer than four steps there is no record.
+
+    Args:
+        folder: Of the run, for these files alone.
+    """
+    cycle, page = cyclic_schedule(wait=2, warmup=1, active=3), ProfilePage()
+
+    def once(state: State) -> ProfilerAction:
+        return ProfilerAction.SKIP if page.written else cycle(state)  # the cycle begins again in every epoch
+
+    return Profiler(
+        schedule=once,
+        trace_handlers=page,
+        sys_prof_cpu=False,
+        torch_prof_folder=str(folder),
+        torch_prof_filename="rank{rank}.json",
+        torch_prof_remote_file_name=None,
+        torch_prof_memory_remote_file_name=None,
+        torch_prof_overwrite=True,
+    )
+
+
+class ProfilePage(TraceHandler):
+    """Writes the page of text beside a trace."""
+
+    def __init__(self):
+        self.written = False
+
+    def init(self, state: State, logger: Logger) -> None:
+        self._recording = next(callback for callback in state.callbacks if isinstance(callback, TorchProfiler))
+
+    def process_chrome_json_trace_file(self, filepath: Path) -> None:
+        averages = self._recording.profiler.key_averages()
+        trace = json.loads(filepath.read_text())["traceEvents"]
+        write_atomically(filepath.with_suffix(".txt"), describe(averages, trace, torch.cuda.is_available()).encode())
+        self.written = True
+
+
+def describe(averages: Iterable[FunctionEventAvg], trace: list[dict[str, Any]], on_gpu: bool) -> str:
+    """Time and memory by operation, and the peak of each step.
+
+    Args:
+        averages: Of each operation, over all steps.
+        trace: Events of a Chrome trace.
+        on_gpu: Whether to tell of the GPU's time and memory, else of the processor's.
+    """
+    steps = sorted((e for e in trace if is_step(e)), key=lambda event: event["ts"])
+    operations = [average for average in averages if average.device_type == DeviceType.CPU]
+    operations.sort(key=lambda average: -_microseconds(average, on_gpu))
+    total = sum(_microseconds(average, on_gpu) for average in operations)
+    lines = [f"{len(steps)} steps on the {'GPU' if on_gpu else 'processor'}", ""]
+    for step in steps:
+        peak = _peak(trace, step, on_gpu) / 2**20
+        lines.append(f"{step['name']:<20}{step['dur'] / 1e3:12.1f} ms{peak:14.1f} MiB at most")
+    lines += ["" if on_gpu else "(of what was allocated since the recording began)", ""]
+    lines.append(f"{'in each step, without what it calls':<56}{'ms':>12}{'share':>8}{'calls':>16}{'MiB kept':>10}")
+    for average in operations[:OPERATIONS]:
+        spent = _microseconds(average, on_gpu)
+        kept = average.self_device_memory_usage if on_gpu else average.self_cpu_memory_usage
+        lines.append(
+            f"{average.key[:54]:<56}{spent / 1e3 / len(steps):12.2f}{spent / max(total, 1):8.1%}"
+            f"{average.count / len(steps):16.1f}{kept / 2**20 / len(steps):10.1f}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def is_step(event: dict[str, Any]) -> bool:
+    """Whether an event of a trace is a whole step, as the processor saw it."""
+    return event.get("name", "").startswith("ProfilerStep") and event.get("cat") == "user_annotation"
+
+
+def _microseconds(average: FunctionEventAvg, on_gpu: bool) -> float:
+    return average.self_device_time_total if on_gpu else average.self_cpu_time_total
+
+
+def _peak(trace: list[dict[str, Any]], step: dict[str, Any], on_gpu: bool) -> int:
+    """The most bytes that were allocated at once in a step."""
+    device = (DeviceType.CUDA if on_gpu else DeviceType.CPU).value
+    return max(
+        (
+            event["args"]["Total Allocated"]
+            for event in trace
+            if event.get("name") == "[memory]"
+            and event["args"]["Device Type"] == device
+            and step["ts"] <= event["ts"] <= step["ts"] + step["dur"]
+        ),
+        default=0,
+    )
