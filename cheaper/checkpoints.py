@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 import sys
@@ -165,14 +166,32 @@ SECTIONS = {
 
 def model_shape(source: Path) -> ModelConfig:
     """The configuration of the model in the checkpoint ``source``."""
-    shape = model_record(source)["model"]
-    sections = {key: SECTIONS[key](**value) for key, value in shape.items() if isinstance(value, dict)}
-    return ModelConfig(**{**shape, **sections})
+    record = model_record(source)
+    shape = record["model"]
+    try:
+        sections = {key: SECTIONS[key](**value) for key, value in shape.items() if isinstance(value, dict)}
+        return ModelConfig(**{**shape, **sections})
+    except (KeyError, TypeError) as error:
+        by = f"cheaper {record.get('versions', {}).get('cheaper', 'of another version')}, this is {cheaper.__version__}"
+        raise UserError(f"checkpoint {source}: its model has what this version does not know ({error}); {by}") from None
 
 
 def run_file(source: Path) -> Path:
     """The file in which Composer finds a run's state."""
     return source / RUN if is_shards(source) else source
+
+
+def save_weights(decoder: Decoder, path: Path, record: dict[str, Any]) -> None:
+    """Writes weights without a training around them; stages start from them, and nothing resumes.
+
+    Args:
+        decoder: Whole, in one process.
+        path: A new file ``step-<n>.pt``.
+        record: What they say of where they come from, besides the model's shape and the versions.
+    """
+    said = {**record, "model": dataclasses.asdict(decoder.config), "versions": versions()}
+    weights = {f"model.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    torch.save({"state": {"model": weights, "callbacks": {"Checkpointer": said}}}, path)
 
 
 def load_model_weights(source: Path) -> dict[str, torch.Tensor]:
@@ -232,6 +251,8 @@ def check_resume(source: Path, decoder: Decoder, rows: int) -> None:
     """
     check_shapes(decoder, load_model_weights(source), str(source))
     record = model_record(source)
+    if "rows_per_step" not in record:
+        raise UserError(f"checkpoint {source}: holds weights alone; start from it, without training.resume=true")
     before, ours = record["rows_per_step"], versions()
     if dist.get_global_rank() == 0:
         for package, version in record.get("versions", {}).items():

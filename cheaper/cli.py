@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cheaper import cli_models
 from cheaper.compose import DEFAULT_CHOICES, load_config, to_yaml, yaml_dir
 from cheaper.distributed.slurm import adopt_slurm
 from cheaper.errors import UserError, did_you_mean
@@ -22,6 +23,14 @@ USAGE = """usage: cheaper train   [recipe.yaml] [group=choice …] [key=value �
        cheaper report  RUN … [--output report.html] [--png]
        cheaper submit  STAGE --to mcli|slurm|sky [--nodes N] [--gpus 8] [--gpu h100] [--storage FOLDER] [--dry-run]
                        [--pipeline pipeline.yaml] [--hours 24] [--cluster NAME] [key=value …]
+       cheaper generate MODEL PROMPT | --file PROMPTS [--chat] [--max_new_tokens 256] [--temperature 0] [--top_p 1]
+                       [--stop TEXT …] [--seed 0] [--output FILE] [--batch_size 16] [--tokenizer TOKENIZER]
+       cheaper chat    MODEL [--system TEXT] [--max_new_tokens 256] [--temperature 0] [--top_p 1] [--stop TEXT …]
+       cheaper evaluate --model_path MODEL [--benchmarks base|final|NAME,…] [--data_dir FOLDER] [--limit N]
+                       [--batch_size 16] [--max_new_tokens N] [--samples N] [--seed 1234] [--execute_code]
+                       [--tokenizer TOKENIZER] [--output evaluation.json]
+       cheaper export  MODEL --to hf|gguf --output NEW [--dtype fp32|bf16|fp16] [--tokenizer TOKENIZER]
+       cheaper import  MODEL --output NEW [--tokenizer TOKENIZER]
        cheaper consolidate RUN [--output FILE.pt]
        cheaper inspect FOLDER --tokenizer TOKENIZER [--first N] [--rows N]
        cheaper sample"""
@@ -38,6 +47,11 @@ def main(args: Sequence[str] | None = None) -> int:
         "cache-teacher": cache_teacher,
         "submit": submit,
         "report": report,
+        "generate": cli_models.generate,
+        "chat": cli_models.chat,
+        "evaluate": cli_models.evaluate,
+        "export": cli_models.export,
+        "import": cli_models.import_,
         "consolidate": consolidate,
         "inspect": inspect,
         "sample": sample,
@@ -189,7 +203,7 @@ def convert(args: list[str]) -> int:
     else:
         from cheaper.data.convert import convert_mixture
 
-    convert_mixture(config.data, config.training.stage.sequence_length, options.processes, options.only)
+    convert_mixture(config.data, config.data.row_length, options.processes, options.only)
     return 0
 
 

@@ -253,6 +253,7 @@ def _impossible(config: RunConfig) -> list[Problem]:
     for key, parse, value in (
         ("training.stage.tokens", parse_count, stage.tokens),
         ("training.stage.warmup", parse_warmup, stage.warmup),
+        ("training.benchmarks.every", parse_count, config.training.benchmarks.every),
         *(("training.targets", parse_target, target) for target in config.training.targets),
     ):
         try:

@@ -133,6 +133,16 @@ class SamplesConfig:
 
 
 @dataclass
+class BenchmarksConfig:
+    """Benchmarks on the way, see ``cheaper.callbacks.benchmarks``; those that run generated code are not offered."""
+
+    names: list[str] = field(default_factory=list)  # as `cheaper evaluate --benchmarks` has them
+    every: str | None = None  # tokens between two times, such as 1B, besides the end
+    limit: int | None = at_least(1, default=None)  # questions of each task
+    data_dir: str | None = None  # local copies of their data sets; by default from the hub
+
+
+@dataclass
 class ExpectedConfig:
     """What the recipe is expected to reach with one model."""
 
@@ -162,6 +172,7 @@ class TrainingConfig:
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     long_context: LongContextConfig = field(default_factory=LongContextConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
     expected: dict[str, ExpectedConfig] = field(default_factory=dict)  # by model name
     targets: list[str] = field(default_factory=list)  # such as "train/kd_loss < 2.0", checked at the end
 

@@ -17,8 +17,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Flushes ``partial``, a file or a folder of files, to the disk and gives it its final name in one step."""
-    for path in partial.iterdir() if partial.is_dir() else [partial]:
+    """Flushes ``partial``, a file or a folder, to the disk and gives it its final name in one step."""
+    for path in filter(Path.is_file, partial.rglob("*")) if partial.is_dir() else [partial]:
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     os.replace(partial, final)

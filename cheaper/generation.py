@@ -21,6 +21,7 @@ class Sampling:
         top_p: The most likely words with this much of the mass are drawn from (Holtzman et al., arXiv 1904.09751).
         stop_ids: Tokens that end a text.
         seed: Of the draws.
+        words: Only so many, the first, may come: a model may have more than its tokenizer.
     """
 
     max_new_tokens: int = 256
@@ -28,6 +29,7 @@ class Sampling:
     top_p: float = 1.0
     stop_ids: Collection[int | None] = ()
     seed: int = 0
+    words: int | None = None
 
 
 @torch.no_grad()
@@ -71,6 +73,7 @@ def continuations(decoder: Decoder, prompts: list[list[int]], sampling: Sampling
 
 def choose(logits_BV: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
     """A token for each row of logits; int64 [B, 1]."""
+    logits_BV = logits_BV[:, : sampling.words]
     if sampling.temperature == 0:
         return logits_BV.argmax(-1, keepdim=True)
     p_BV, words_BV = (logits_BV.float() / sampling.temperature).softmax(-1).sort(-1, descending=True)

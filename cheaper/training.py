@@ -272,6 +272,7 @@ def build_callbacks(
     chats = training.samples.chats
     template = ChatTemplate.load(data.chat_template, data.tokenizer, tokenizer) if chats else None
     return [
+        *build_benchmarks(config, tokenizer),
         RecipeMetrics(
             streams=mixed_streams(config.data),
             interval=config.logging.interval,
@@ -291,6 +292,17 @@ def build_callbacks(
             {"vocabulary": tokenizer.vocabulary, "rows_per_step": rows_per_step(config), "recipe": recipe(config)},
         ),
     ]
+
+
+def build_benchmarks(config: RunConfig, tokenizer: Tokenizer) -> list[Callback]:
+    """Benchmarks on the way, if any are asked for."""
+    if not config.training.benchmarks.names:
+        return []
+    from cheaper.callbacks.benchmarks import Benchmarks  # the harness takes seconds to import
+
+    data, rows, sharded = config.data, config.training.stage.batch_size_per_gpu, config.distributed.shard
+    speaks = (tokenizer, data.tokenizer, data.chat_template)
+    return [Benchmarks(config.training.benchmarks, *speaks, compute_dtype(config), rows, sharded)]
 
 
 def recipe(config: RunConfig) -> str:

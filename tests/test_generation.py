@@ -92,6 +92,13 @@ def test_top_p_draws_from_the_fewest_words_with_the_mass(top_p, words):
     torch.testing.assert_close(drawn.bincount(minlength=4)[[2, 3, 0, 1][:words]] / 50_000, kept, atol=1e-2, rtol=0)
 
 
+def test_only_the_tokenizers_words_come():
+    logits = torch.tensor([[0.0, 2.0, 9.0]]).expand(500, 3)
+    for temperature in (0.0, 1.0):
+        drawn = choose(logits, Sampling(temperature=temperature, words=2), torch.Generator().manual_seed(0))
+        assert drawn.max() == 1
+
+
 def test_the_seed_decides_what_is_drawn(decoder):
     draws = [continuations(decoder, PROMPTS, Sampling(20, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]

@@ -111,15 +111,15 @@ class RunSummary(LoggerDestination):
             if isinstance(value, (dict, list)):
                 continue
             wanted = getattr(expected, name, None)
-            lines.append(f"  {name:<30}{value}" + (f"   (expected about {wanted:g})" if wanted is not None else ""))
-        lines += [f"  {name.removeprefix('eval/'):<30}{value:.4f}" for name, value in summary["held_out"].items()]
+            lines.append(f"  {name:<32}{value}" + (f"   (expected about {wanted:g})" if wanted is not None else ""))
+        lines += [f"  {name.removeprefix('eval/'):<32}{value:.4f}" for name, value in summary["held_out"].items()]
         for target in summary["targets"]:
             value = "not measured" if target["value"] is None else f"{target['value']:.4g}"
-            lines.append(f"  {'target ' + ('met' if target['met'] else 'MISSED'):<30}{target['target']} (is {value})")
+            lines.append(f"  {'target ' + ('met' if target['met'] else 'MISSED'):<32}{target['target']} (is {value})")
         for name, share in summary["mixture"].items():
             asked, consumed = f"{share['asked']:.2%}", f"{share['consumed']:.2%}"
-            lines.append(f"  {'stream ' + name:<30}{consumed} of the tokens, asked {asked}")
-        lines.append(f"  {'everything is in':<30}{self.config.training.checkpoint_dir}")
+            lines.append(f"  {'stream ' + name:<32}{consumed} of the tokens, asked {asked}")
+        lines.append(f"  {'everything is in':<32}{self.config.training.checkpoint_dir}")
         return "\n".join(["", *lines])
 
 

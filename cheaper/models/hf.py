@@ -1,29 +1,32 @@
 """To and from ``transformers``: the published checkpoints are Llama 4's text model without experts; Llama is read too.
 
-Tensors keep their values; the rows of Llama's queries and keys are reordered, else only names change. Reading and
-writing use safetensors alone: nothing is unpickled and ``transformers`` itself is not needed.
+The decoder with latent attention and experts is DeepSeek-V3's, see ``cheaper.models.hf_moe``. Tensors keep their
+values; the rows of Llama's queries and keys are reordered, else only names change. Reading and writing use safetensors
+alone: nothing is unpickled and ``transformers`` itself is not needed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cheaper.config import ModelConfig, RopeScalingConfig
 from cheaper.errors import UserError
+from cheaper.models import hf_moe
 from cheaper.models.decoder import Decoder
+from cheaper.models.hf_names import rename
 
-# Ours, theirs; {} is the number of the layer.
+SHARD_SIZE = "5GB"
+MODEL_TYPES = ("llama4_text", "llama", hf_moe.MODEL_TYPE)
+# Of the dense decoder: ours, theirs; {} is the number of the layer.
 NAMES = [
     ("embedding.weight", "model.embed_tokens.weight"),
     ("norm.weight", "model.norm.weight"),
@@ -41,12 +44,21 @@ NAMES = [
 
 
 def to_hf_state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:
-    """The decoder's tensors under ``Llama4ForCausalLM``'s names."""
-    return _rename(decoder.state_dict(), dict(NAMES), "this model")
+    """The decoder's tensors under the names of ``Llama4ForCausalLM`` or ``DeepseekV3ForCausalLM``.
+
+    Raises:
+        UserError: It has experts or latent attention, but not both.
+    """
+    state, config = decoder.state_dict(), decoder.config
+    if (config.experts is None) != (config.latent_attention is None):
+        raise UserError(f"model {config.name}: transformers has no model with one of experts and latent attention")
+    if config.experts:
+        return hf_moe.to_hf_state_dict(state)
+    return {rename(name, dict(NAMES), "this model"): tensor for name, tensor in state.items()}
 
 
 def from_hf_state_dict(state: dict[str, torch.Tensor], config: ModelConfig, source: str) -> dict[str, torch.Tensor]:
-    """Tensors of a ``Llama4ForCausalLM`` or a ``LlamaForCausalLM`` under the decoder's names.
+    """Tensors of a ``Llama4ForCausalLM``, ``LlamaForCausalLM`` or ``DeepseekV3ForCausalLM`` under the decoder's names.
 
     Args:
         state: Their tensors; Llama's are told by their names.
@@ -54,8 +66,10 @@ def from_hf_state_dict(state: dict[str, torch.Tensor], config: ModelConfig, sour
         source: Where they come from, for errors.
 
     Raises:
-        UserError: A tensor has a name that the dense decoder lacks.
+        UserError: A tensor has a name that the decoder lacks.
     """
+    if config.experts:
+        return hf_moe.from_hf_state_dict(state, config.num_layers, source)
     if any(".mlp." in name for name in state):
         state = {name.replace(".mlp.", ".feed_forward."): tensor for name, tensor in state.items()}
         for name in state:
@@ -63,22 +77,19 @@ def from_hf_state_dict(state: dict[str, torch.Tensor], config: ModelConfig, sour
                 state[name] = _pair_neighbours(state[name], config.head_dim)
     if config.tie_word_embeddings:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
-    return _rename(state, {theirs: ours for ours, theirs in NAMES}, source)
+    names = {theirs: ours for ours, theirs in NAMES}
+    return {rename(name, names, source): tensor for name, tensor in state.items()}
 
 
 def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """``config.json`` for ``transformers``: attention is full and every layer has rotary positions."""
+    """``config.json`` for ``transformers``."""
     return {
-        "architectures": ["Llama4ForCausalLM"],
-        "model_type": "llama4_text",
+        **(hf_moe.to_hf_config(config) if config.experts else _llama4_config(config)),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "intermediate_size_mlp": config.intermediate_size,  # the one that dense layers read
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_position_embeddings,
         "initializer_range": config.initializer_std,
@@ -88,34 +99,45 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         if config.rope_scaling.factor == 1
         else {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)},
         "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "torch_dtype": dtype,
+    }
+
+
+def _llama4_config(config: ModelConfig) -> dict[str, Any]:
+    """Attention is full and every layer has rotary positions."""
+    return {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "intermediate_size": config.intermediate_size,
+        "intermediate_size_mlp": config.intermediate_size,  # the one that dense layers read
+        "head_dim": config.head_dim,
         "use_qk_norm": config.qk_norm,
         "no_rope_layers": [1] * config.num_layers,  # in transformers 1 means "has rotary positions"
         "layer_types": ["full_attention"] * config.num_layers,
         "attention_chunk_size": config.max_position_embeddings,
         "attn_temperature_tuning": False,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "moe_layers": [],
         "interleave_moe_layer_step": 0,
         "num_local_experts": 0,
         "num_experts_per_tok": 0,
-        "torch_dtype": dtype,
     }
 
 
 def from_hf_config(raw: dict[str, Any], source: str) -> ModelConfig:
-    """The decoder's shape from the ``config.json`` of a Llama 4 text model or a Llama.
+    """The decoder's shape from the ``config.json`` of a Llama 4 text model, a Llama or a DeepSeek-V3.
 
     Raises:
-        UserError: The model computes something that the dense decoder does not, or a key is missing.
+        UserError: The model computes something that the decoder does not, or a key is missing.
     """
-    file, llama4 = f"{source}/config.json", raw.get("model_type") == "llama4_text"
-    if not llama4 and raw.get("model_type") != "llama":
-        raise UserError(f"{file}: model_type is {raw.get('model_type')}, expected llama4_text or llama")
+    file, kind = f"{source}/config.json", raw.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{file}: model_type is {kind}, expected {' or '.join(MODEL_TYPES)}")
     # rope_parameters is where transformers 5 writes what 4 had at the top.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     try:
-        if reason := _what_differs(raw, rope, llama4):
+        if reason := _what_differs(raw, rope):
             raise UserError(f"{file}: {reason}; this decoder would compute it wrongly")
         return ModelConfig(
             name=Path(source).name,
@@ -123,11 +145,9 @@ def from_hf_config(raw: dict[str, Any], source: str) -> ModelConfig:
             num_heads=raw["num_attention_heads"],
             num_kv_heads=raw["num_key_value_heads"],
             hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size_mlp" if llama4 else "intermediate_size"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
             vocab_size=raw["vocab_size"],
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
-            qk_norm=llama4 and raw.get("use_qk_norm", True),
+            qk_norm=kind == "llama4_text" and raw.get("use_qk_norm", True),
             rope_theta=rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"],
             rope_scaling=RopeScalingConfig(**{key: rope[key] for key in SCALING})
             if _kind(rope) == "llama3"
@@ -135,20 +155,32 @@ def from_hf_config(raw: dict[str, Any], source: str) -> ModelConfig:
             norm_eps=raw["rms_norm_eps"],
             max_position_embeddings=raw["max_position_embeddings"],
             initializer_std=raw.get("initializer_range", 0.02),
+            **(hf_moe.shape(raw) if kind == hf_moe.MODEL_TYPE else _dense_shape(raw)),
         )
     except KeyError as missing:
         raise UserError(f"{file}: has no {missing}") from None
 
 
-def _what_differs(raw: dict[str, Any], rope: dict[str, Any], llama4: bool) -> str | None:
-    """Why the dense decoder cannot compute this model; a key that is missing has transformers' default."""
+def _dense_shape(raw: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "intermediate_size": raw[
+            "intermediate_size_mlp" if raw["model_type"] == "llama4_text" else "intermediate_size"
+        ],
+        "head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+    }
+
+
+def _what_differs(raw: dict[str, Any], rope: dict[str, Any]) -> str | None:
+    """Why the decoder cannot compute this model; a key that is missing has transformers' default."""
     if _kind(rope) not in ("default", "llama3"):
         return f"its rotary positions are scaled by {_kind(rope)}, expected llama3 or none"
     if raw.get("attention_bias") or raw.get("mlp_bias"):
         return "its matrices have biases"
     if raw.get("hidden_act", "silu") != "silu":
         return f"hidden_act is {raw['hidden_act']}, expected silu"
-    if not llama4:
+    if raw["model_type"] == hf_moe.MODEL_TYPE:
+        return hf_moe.what_differs(raw)
+    if raw["model_type"] == "llama":
         return None
     if raw.get("moe_layers") not in ([], ()):
         return f"layers {raw.get('moe_layers', 'all')} have experts, expected none"
@@ -170,13 +202,11 @@ def _kind(rope: dict[str, Any]) -> str:
 
 
 def save_pretrained(decoder: Decoder, folder: str | Path) -> None:
-    """Writes ``config.json`` and ``model.safetensors`` for ``AutoModelForCausalLM.from_pretrained(folder)``."""
+    """Writes ``config.json`` and safetensors of at most 5 GB for ``AutoModelForCausalLM.from_pretrained(folder)``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous().cpu() for name, tensor in to_hf_state_dict(decoder).items()}
-    # A model that was loaded from this folder still reads the old file; renaming leaves it that one.
-    save_file(state, folder / "model.safetensors.partial", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.partial", folder / "model.safetensors")
+    save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(to_hf_config(decoder.config, dtype), indent=2) + "\n")
 
@@ -221,17 +251,6 @@ def load_weights(folder: str | Path) -> dict[str, torch.Tensor]:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{folder / file}: not a whole safetensors file ({error})") from None
     return from_hf_state_dict(state, config, str(folder))
-
-
-def _rename(state: dict[str, torch.Tensor], names: dict[str, str], source: str) -> dict[str, torch.Tensor]:
-    renamed = {}
-    for name, tensor in state.items():
-        layer = re.search(r"\.(\d+)\.", name)
-        pattern = name.replace(layer[0], ".{}.", 1) if layer else name
-        if pattern not in names:
-            raise UserError(f"{source}: tensor {name} has no place in the dense decoder")
-        renamed[names[pattern].format(layer[1] if layer else "")] = tensor
-    return renamed
 
 
 def _pair_neighbours(weight_HD: torch.Tensor, head_dim: int) -> torch.Tensor:

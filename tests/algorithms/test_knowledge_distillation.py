@@ -159,7 +159,7 @@ def test_teachers_that_do_not_fit_are_refused(corpus: Corpus, teacher, tmp_path,
     assert ours[:12] in text
     assert other[:12] in text
 
-    decoder.embedding.weight.data = decoder.embedding.weight.data[:300]
+    decoder.embedding.weight.data = decoder.embedding.weight.data[:300].clone()
     decoder.config.vocab_size = 300
     hf.save_pretrained(decoder, tmp_path / "fewer")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -13,7 +13,7 @@ from cheaper.errors import UserError
 from cheaper.files import read_records
 from cheaper.models.decoder import Decoder
 
-SHARDED = ("distributed=fsdp2", "training.stage.tokens=2560")
+SHARDED = ("distributed=fsdp2", "training.stage.tokens=2688")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def sharded(corpus, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(corpus, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert cli.main(["train", *corpus.arguments(run, "training.stage.tokens=2560")]) == 0
+    assert cli.main(["train", *corpus.arguments(run, "training.stage.tokens=2688")]) == 0
     return run
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from cheaper.config import ExpertsConfig, LatentAttentionConfig, ModelConfig
+from cheaper.errors import UserError
+from cheaper.models import hf, hf_moe
 from cheaper.models.decoder import Decoder
 
 CONFIG = ModelConfig(
@@ -29,43 +32,19 @@ CONFIG = ModelConfig(
         number=8, per_token=3, groups=4, groups_kept=2, shared=1, intermediate_size=32, dense_layers=1, scale=2.5
     ),
 )
-OURS = {
-    "self_attn.q_a_proj": "attention.wq_down",
-    "self_attn.q_a_layernorm": "attention.query_norm",
-    "self_attn.q_b_proj": "attention.wq_up",
-    "self_attn.kv_a_proj_with_mqa": "attention.wkv_down",
-    "self_attn.kv_a_layernorm": "attention.key_value_norm",
-    "self_attn.kv_b_proj": "attention.wkv_up",
-    "self_attn.o_proj": "attention.wo",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "feed_forward_norm",
-    "mlp.gate.weight": "feed_forward.router.weight",
-    "mlp.gate.e_score_correction_bias": "feed_forward.router.bias",
-    "mlp.shared_experts.": "feed_forward.shared.",
-    "mlp.": "feed_forward.",
-    "_proj": "",
-    "model.layers.": "blocks.",
-    "model.embed_tokens": "embedding",
-    "model.norm": "norm",
-    "lm_head": "head",
-}
 
 
 def as_ours(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Their tensors under our names; experts stacked."""
-    renamed: dict[str, torch.Tensor] = {}
-    stacks: dict[str, list[torch.Tensor]] = {}
+    """Their tensors under our names."""
+    apart: dict[str, torch.Tensor] = {}
     for name, tensor in state.items():
-        for theirs, ours in OURS.items():
-            name = name.replace(theirs, ours)
-        if match := re.fullmatch(r"(.*)\.experts\.\d+\.(gate|up|down)\.weight", name):
-            stacks.setdefault(f"{match[1]}.{match[2]}", []).append(tensor)
-        elif match := re.fullmatch(r"(.*)\.experts\.(gate_up|down)", name):  # transformers 5 keeps them stacked
+        if match := re.fullmatch(r"(.*\.experts)\.(gate_up|down)_proj", name):  # transformers 5 keeps them stacked
             halves = tensor.chunk(2, 1) if match[2] == "gate_up" else [tensor]
-            renamed |= dict(zip([f"{match[1]}.{part}" for part in match[2].split("_")], halves, strict=True))
+            for part, stack in zip(match[2].split("_"), halves, strict=True):
+                apart |= {f"{match[1]}.{i}.{part}_proj.weight": matrix for i, matrix in enumerate(stack)}
         else:
-            renamed[name] = tensor
-    return renamed | {name: torch.stack(tensors) for name, tensors in stacks.items()}
+            apart[name] = tensor
+    return hf_moe.from_hf_state_dict(apart, CONFIG.num_layers, "theirs")
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +113,44 @@ def test_every_group_and_bias_matters(models):
     scores = torch.nn.functional.linear(x_ND, router.weight).sigmoid()
     assert (scores.topk(3).indices.sort(-1).values != chosen.sort(-1).values).any(-1).float().mean() > 0.1
     torch.testing.assert_close(weights.sum(-1), torch.full((200,), 2.5))
+
+
+def test_a_folder_goes_both_ways_bit_for_bit(models, tmp_path):
+    ours, theirs = models
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    read = hf.load_pretrained(tmp_path / "theirs")
+    hf.save_pretrained(read, tmp_path / "ours")
+    again = hf.load_pretrained(tmp_path / "ours")
+    assert dataclasses.replace(read.config, name="probe") == dataclasses.replace(again.config, name="probe") == CONFIG
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor), name
+        assert torch.equal(again.state_dict()[name], tensor), name
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    ids = torch.randint(CONFIG.vocab_size, (2, 30))
+    assert torch.equal(reloaded(ids, use_cache=False).logits, theirs(ids, use_cache=False).logits)
+
+
+def test_layers_that_predict_further_words_are_left_out(models):
+    state = hf.to_hf_state_dict(models[0])
+    more = {**state, f"model.layers.{CONFIG.num_layers}.eh_proj.weight": torch.zeros(1)}
+    assert hf_moe.from_hf_state_dict(more, CONFIG.num_layers, "there").keys() == models[0].state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 40}}, "its rotary positions are scaled by yarn"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantised"),
+        ({"q_lora_rank": None}, "its queries have no latent"),
+        ({"scoring_func": "softmax"}, "scoring_func is softmax, expected sigmoid"),
+    ],
+)
+def test_a_model_we_would_compute_wrongly_is_refused(change, reason):
+    with pytest.raises(UserError, match=reason):
+        hf.from_hf_config({**hf.to_hf_config(CONFIG, "float32"), **change}, "somewhere")
+
+
+def test_what_transformers_has_no_model_for_is_refused():
+    config = dataclasses.replace(CONFIG, latent_attention=None)
+    with pytest.raises(UserError, match="no model with one of experts and latent attention"):
+        hf.to_hf_state_dict(Decoder(config))
