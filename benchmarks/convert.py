@@ -1,35 +1,39 @@
-"""Conversion against the bare tokenizer: raw JSONL to finished shards, tokens per second as a ratio.
+"""Conversion, raw JSONL to finished shards, against the bare tokenizer and llm-foundry: tokens per second as a ratio.
 
     python benchmarks/convert.py --tokenizer path/to/llama3/tokenizer.model [--megabytes 100] [--rounds 5]
 
-The text is real: the sources and documents of the installed Python packages. Sides alternate within one run. Before
-timing, the ids in the shards are compared with those of the bare tokenizer. Prints a table, writes
-``benchmarks/results/convert.json``.
+The text is real: the sources and documents of the installed Python packages. Sides alternate within one run, after one
+round that does not count. Before timing, the ids in the shards are compared with those of the bare tokenizer, and those
+in llm-foundry's shards with ours. llm-foundry's conversion runs in a process of its own, with an empty cache of
+``datasets``; both sides read the same Hugging Face folder, made of Llama 3's vocabulary by transformers'
+``TikTokenConverter``. Prints a table, writes ``benchmarks/results/convert.json``.
+
+The peer's environment, made from the repository's root::
+
+    UV_PROJECT_ENVIRONMENT=/tmp/foundry uv sync --frozen --no-default-groups --extra foundry --no-install-project
+    uv pip install --python /tmp/foundry/bin/python "setuptools<81"  # llm-foundry imports pkg_resources
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import gzip
 import io
 import json
 import os
-import platform
 import shutil
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import psutil
 import tiktoken
 import tokenizers
+from peers.turns import Peer, version_of
 
 from cheaper.config import DataConfig, SourceConfig, StreamConfig
 from cheaper.data.convert import convert_mixture
@@ -46,8 +50,10 @@ def real_texts(megabytes: float) -> list[str]:
     for path in sorted(Path(tiktoken.__file__).parents[1].rglob("*")):
         if path.suffix in SUFFIXES and path.is_file() and 200 < path.stat().st_size < 2_000_000:
             with contextlib.suppress(UnicodeDecodeError):
-                texts.append(path.read_text(encoding="utf-8"))
-                size += path.stat().st_size
+                text = path.read_text(encoding="utf-8")
+                if "<|" not in text:  # llm-foundry takes a special token that text spells for one
+                    texts.append(text)
+                    size += path.stat().st_size
         if size > megabytes * 1e6:
             return texts
     return texts
@@ -69,27 +75,17 @@ def convert(path: Path, tokenizer: str, root: Path) -> int:
     return manifest.tokens - 2 * manifest.documents
 
 
-def seconds(function: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
-
-
 def compare(rounds: int, ours: Callable[[], object], theirs: Callable[[], object], tokens: int) -> dict[str, object]:
-    """Times both sides in turn; the ratio is taken pair by pair."""
-    pairs = [(seconds(ours), seconds(theirs)) for _ in range(rounds)]
-    ratios = sorted(b / a for a, b in pairs)
-    return {
-        "ours_tokens_per_second": round(tokens / statistics.median(a for a, _ in pairs)),
-        "theirs_tokens_per_second": round(tokens / statistics.median(b for _, b in pairs)),
-        "ratio_median": round(statistics.median(ratios), 3),
-        "ratio_min_max": [round(ratios[0], 3), round(ratios[-1], 3)],
-        "tokens": tokens,
-    }
+    """Tokens per second of both sides, and the ratio."""
+    from side_by_side import alternate, speed_ratio, spread  # brings PyTorch: workers would import it with this file
+
+    times = alternate({"ours": ours, "theirs": theirs}, rounds)
+    speeds = {f"{side}_tokens_per_second": spread([tokens / each for each in times[side]]) for side in times}
+    return {**speeds, "ratio": speed_ratio(times["theirs"], times["ours"]), "tokens": tokens}
 
 
 def check_ids(root: Path, expected: list[list[int]]) -> None:
-    from streaming import StreamingDataset  # brings PyTorch, which each worker would import with this file
+    from streaming import StreamingDataset
 
     dataset = StreamingDataset(local=str(root / "s"), shuffle=False, batch_size=1)
     ids = np.concatenate([dataset[i]["input_ids"] for i in range(len(dataset))])
@@ -99,6 +95,28 @@ def check_ids(root: Path, expected: list[list[int]]) -> None:
     ends = np.cumsum([len(document) + 2 for document in expected])
     inside[ends - 1] = inside[np.concatenate([[0], ends[:-1]])] = False
     assert np.array_equal(ids[inside], flat[inside])
+
+
+def hugging_face_folder(model: str, folder: Path) -> str:
+    """Llama 3's vocabulary as ``transformers`` keeps it."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    special = list(load_tokenizer(model).special_tokens)
+    made = TikTokenConverter(model, additional_special_tokens=special).converted()
+    ends = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+    PreTrainedTokenizerFast(tokenizer_object=made, **ends).save_pretrained(folder)
+    return str(folder)
+
+
+def check_llm_foundry(root: Path, theirs: Path) -> None:
+    """Its rows are ours, but for the last, which it leaves out if it is not full."""
+    from streaming import StreamingDataset
+
+    ours = StreamingDataset(local=str(root / "s"), shuffle=False, batch_size=1)
+    rows = StreamingDataset(local=str(theirs), shuffle=False, batch_size=1)
+    assert len(rows) == len(ours) - (len(ours[len(ours) - 1]["input_ids"]) < 2048)
+    assert all(np.array_equal(rows[i]["tokens"], ours[i]["input_ids"]) for i in range(len(rows)))
 
 
 def peak_memory(path: Path, tokenizer: str, root: Path) -> int:
@@ -117,6 +135,9 @@ def peak_memory(path: Path, tokenizer: str, root: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokenizer", required=True, help="Llama 3's tiktoken .model file")
+    parser.add_argument(
+        "--foundry", default="/tmp/foundry/bin/python", help="the interpreter of llm-foundry's environment"
+    )
     parser.add_argument("--megabytes", type=float, default=100)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only_convert", type=Path, help=argparse.SUPPRESS)  # what peak_memory measures
@@ -141,6 +162,16 @@ def main() -> None:
         tokens,
     )
     del expected
+
+    llama3 = hugging_face_folder(options.tokenizer, folder / "llama3")
+    tokens = convert(path, llama3, folder / "mds")
+    foundry = Peer(options.foundry, "foundry_convert.py", path, llama3, folder / "foundry")
+    foundry()
+    check_llm_foundry(folder / "mds", folder / "foundry" / "mds")
+    results["Llama 3, against llm-foundry's conversion"] = compare(
+        options.rounds, lambda: convert(path, llama3, folder / "mds"), foundry, tokens
+    )
+    foundry.stop()
 
     write_sample(folder / "sample")
     own = str(folder / "sample" / "tokenizer")
@@ -171,32 +202,35 @@ def main() -> None:
         tokens,
     )
     memory = {}
-    for name, size, opened in (("100 MB", 1e8, open), ("1 GB", 1e9, open), ("1 GB, gz", 1e9, gzip.open)):
+    megabytes = options.megabytes
+    for name, size, opened in (
+        (f"{megabytes:g} MB", megabytes, open),
+        (f"{10 * megabytes:g} MB", 10 * megabytes, open),
+        (f"{10 * megabytes:g} MB, gz", 10 * megabytes, gzip.open),
+    ):
         big = folder / ("big.jsonl.gz" if opened is gzip.open else "big.jsonl")
         with opened(big, "wb") as file:
-            for _ in range(round(size / path.stat().st_size)):
+            for _ in range(round(size * 1e6 / path.stat().st_size)):
                 file.write(path.read_bytes())
         memory[name] = round(peak_memory(big, options.tokenizer, folder / "mds") / 1e6)
         print(f"peak memory of all processes, {name} of input: {memory[name]} MB", flush=True)
     shutil.rmtree(folder)
 
     report = {
-        "date": datetime.date.today().isoformat(),
-        "command": f"python benchmarks/convert.py --megabytes {options.megabytes:g} --rounds {options.rounds}",
-        "hardware": f"{CORES} cores, {platform.machine()}",
-        "versions": {name: version(name) for name in ("tiktoken", "tokenizers", "mosaicml-streaming")},
-        "python": sys.version.split()[0],
+        "peers": {"llm-foundry": version_of("llm-foundry", options.foundry)},
         "megabytes": round(sum(len(text.encode()) for text in texts) / 1e6),
         "peak_resident_megabytes_of_all_processes_by_input": memory,
         "results": results,
     }
-    target = Path(__file__).parent / "results" / "convert.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(report, indent=2) + "\n")
+    from side_by_side import save, show
+
+    save("convert", report, ("tiktoken", "tokenizers", "mosaicml-streaming"))
+    table = [("conversion", "ours", "theirs", "ratio", "least to most")]
     for name, result in results.items():
-        low, high = result["ratio_min_max"]
-        ours, theirs = result["ours_tokens_per_second"] / 1e6, result["theirs_tokens_per_second"] / 1e6
-        print(f"{name:<68} {ours:6.2f}M vs {theirs:6.2f}M tokens/s   ratio {result['ratio_median']} ({low}-{high})")
+        speeds = [f"{result[f'{side}_tokens_per_second']['median'] / 1e6:.2f}M" for side in ("ours", "theirs")]
+        ratio = result["ratio"]
+        table.append((name, *speeds, f"{ratio['median']:.2f}", f"{ratio['min']:.2f}–{ratio['max']:.2f}"))
+    show(table)
 
 
 if __name__ == "__main__":
