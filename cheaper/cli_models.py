@@ -28,6 +28,7 @@ def generate(args: list[str]) -> int:
         raise UserError("cheaper generate: expected a prompt or --file")
     if options.output and options.output.exists():
         raise UserError(f"--output {options.output}: is there already; choose another name")
+    sampling = _sampling(options)
     from cheaper.language_model import load_model
 
     if options.file:
@@ -43,7 +44,7 @@ def generate(args: list[str]) -> int:
         return 0
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     model = load_model(options.model, options.tokenizer)
-    _show(model.stream([{"role": "user", "content": text}] if options.chat else text, _sampling(options), options.stop))
+    _show(model.stream([{"role": "user", "content": text}] if options.chat else text, sampling, options.stop))
     return 0
 
 

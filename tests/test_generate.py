@@ -74,6 +74,7 @@ def test_a_file_of_prompts(run, model, tmp_path, capsys):  # noqa: F811
     assert "line 2: expected JSON with prompt or messages" in refused(capsys, *arguments)
     assert "expected a prompt or --file" in refused(capsys, "generate", str(run))
     assert "--top_p 0.0" in refused(capsys, "generate", str(run), "x", "--top_p", "0")
+    assert "--temperature -1.0" in refused(capsys, *arguments, "--temperature", "-1")
 
 
 def test_a_chat_remembers_what_was_said(run, model, monkeypatch, capsys):  # noqa: F811

@@ -90,9 +90,9 @@ def test_losses_gradients_and_samples_are_those_of_one_process(trained, variant,
     for record, expected in zip(*records, strict=True):
         assert record["data/tokens/a"] == expected["data/tokens/a"]
         # What sums round differently grows from step to step.
-        near = 1e-5 if record["step"] <= 20 else 1e-4
+        near, norm = (1e-5, 2e-3) if record["step"] <= 20 else (1e-4, 1e-2)
         assert record["train/loss"] == pytest.approx(expected["train/loss"], abs=near)
-        assert record["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=1e-2)
+        assert record["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=norm)
         assert record["train/accuracy"] == pytest.approx(expected["train/accuracy"], abs=1e-6)
     assert read_records(ours / "samples.jsonl") == read_records(one / "samples.jsonl")
 
