@@ -29,3 +29,8 @@ class UnhurriedTrainer(Trainer):
         dist.all_reduce(sums)
         samples, tokens, microseconds = sums.tolist()
         return samples, tokens, datetime.timedelta(microseconds=microseconds)
+
+    def close(self) -> None:
+        super().close()  # after it no process reads any more
+        for loader in (self.state.train_dataloader, *(e.dataloader.dataloader for e in self.state.evaluators)):
+            loader.dataset.close()

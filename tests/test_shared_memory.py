@@ -1,12 +1,14 @@
 """Stale shared memory is removed, that of a living run is not: real segments, real processes."""
 
 import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from cheaper.cli import main
 from cheaper.data.shared_memory import SHARED_MEMORY, remove_stale_shared_memory
 
 HOLD = """
@@ -51,3 +53,15 @@ def test_only_the_dead_are_removed():
         keeper.wait()
         for name in (living, dead, foreign):
             (SHARED_MEMORY / name).unlink(missing_ok=True)
+
+
+def held() -> list[str]:
+    """What this process has open in ``SHARED_MEMORY``."""
+    files = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
+    return [file for file in files if file.startswith(str(SHARED_MEMORY))]
+
+
+def test_a_run_that_has_ended_holds_none(corpus, tmp_path):
+    before = held()
+    assert main(["train", *corpus.arguments(tmp_path / "run", "training.stage.tokens=512")]) == 0
+    assert held() == before
