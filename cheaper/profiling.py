@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from composer.core import State
 from composer.loggers import Logger
@@ -17,6 +19,8 @@ from torch.autograd.profiler_util import FunctionEventAvg
 from cheaper.files import write_atomically
 
 OPERATIONS = 30  # on the page
+SLICES = 48  # of a step, each with its memory
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def build_profiler(folder: Path) -> Profiler:
@@ -62,7 +66,7 @@ class ProfilePage(TraceHandler):
 
 
 def describe(averages: Iterable[FunctionEventAvg], trace: list[dict[str, Any]], on_gpu: bool) -> str:
-    """Time and memory by operation, and the peak of each step.
+    """Time and memory by operation, and the memory over each step.
 
     Args:
         averages: Of each operation, over all steps.
@@ -74,9 +78,11 @@ def describe(averages: Iterable[FunctionEventAvg], trace: list[dict[str, Any]], 
     operations.sort(key=lambda average: -_microseconds(average, on_gpu))
     total = sum(_microseconds(average, on_gpu) for average in operations)
     lines = [f"{len(steps)} steps on the {'GPU' if on_gpu else 'processor'}", ""]
-    for step in steps:
-        peak = _peak(trace, step, on_gpu) / 2**20
-        lines.append(f"{step['name']:<20}{step['dur'] / 1e3:12.1f} ms{peak:14.1f} MiB at most")
+    timelines = [memory_timeline(trace, step, on_gpu) for step in steps]
+    most = max(map(max, timelines))
+    for step, timeline in zip(steps, timelines, strict=True):
+        bars = "".join(BARS[max(level, 0) * (len(BARS) - 1) // max(most, 1)] for level in timeline)
+        lines.append(f"{step['name']:<17}{step['dur'] / 1e3:10.1f} ms{max(timeline) / 2**20:12.1f} MiB at most  {bars}")
     lines += ["" if on_gpu else "(of what was allocated since the recording began)", ""]
     lines.append(f"{'in each step, without what it calls':<56}{'ms':>12}{'share':>8}{'calls':>16}{'MiB kept':>10}")
     for average in operations[:OPERATIONS]:
@@ -98,16 +104,15 @@ def _microseconds(average: FunctionEventAvg, on_gpu: bool) -> float:
     return average.self_device_time_total if on_gpu else average.self_cpu_time_total
 
 
-def _peak(trace: list[dict[str, Any]], step: dict[str, Any], on_gpu: bool) -> int:
-    """The most bytes that were allocated at once in a step."""
+def memory_timeline(trace: list[dict[str, Any]], step: dict[str, Any], on_gpu: bool) -> list[int]:
+    """The most bytes that were allocated at once in each of ``SLICES`` equal parts of a step."""
     device = (DeviceType.CUDA if on_gpu else DeviceType.CPU).value
-    return max(
-        (
-            event["args"]["Total Allocated"]
-            for event in trace
-            if event.get("name") == "[memory]"
-            and event["args"]["Device Type"] == device
-            and step["ts"] <= event["ts"] <= step["ts"] + step["dur"]
-        ),
-        default=0,
+    changes = sorted(
+        (event["ts"], event["args"]["Total Allocated"])
+        for event in trace
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == device
     )
+    times, levels = [time for time, _ in changes], [0, *(level for _, level in changes)]
+    edges = np.linspace(step["ts"], step["ts"] + step["dur"], SLICES + 1)
+    passed = np.searchsorted(times, edges, side="right").tolist()
+    return [max(levels[first : last + 1]) for first, last in itertools.pairwise(passed)]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from composer.profiler import ProfilerAction
 
-from cheaper.profiling import build_profiler, is_step
+from cheaper.profiling import BARS, SLICES, build_profiler, is_step, memory_timeline
 from tests.test_training import train
 
 
@@ -34,16 +34,28 @@ def test_the_page_names_the_operations_and_the_peak_of_each_step(profile):
     lines = (profile / "rank0.txt").read_text().splitlines()
     assert lines[0] == "3 steps on the processor"
     for line in lines[2:5]:
-        name, milliseconds, _, mebibytes, *_ = line.split()
+        name, milliseconds, _, mebibytes, *_, timeline = line.split()
         assert name.startswith("ProfilerStep#")
         assert float(milliseconds) > 0
         assert float(mebibytes) > 0
+        assert len(timeline) == SLICES
+        assert len(set(timeline) & set(BARS)) > 3  # memory comes and goes
     products = next(line for line in lines if line.startswith("aten::mm "))
     _, milliseconds, share, calls, _ = products.split()
     # Of 2 blocks 7 matrices forward, twice as many backward; 3 of the output matrix.
     assert float(calls) == 2 * 7 * 3 + 3
     assert 0 < float(share.rstrip("%")) < 100
     assert len(lines) <= 40  # a page
+
+
+def test_memory_stays_until_it_changes():
+    def memory(time: float, total: int, device: int = 0) -> dict:
+        return {"name": "[memory]", "ts": time, "args": {"Total Allocated": total, "Device Type": device}}
+
+    # Slices of one microsecond; a peak within one; another device; what stands when the step begins and ends.
+    trace = [memory(90, 7), memory(101.5, 9), memory(101.6, 30), memory(101.7, 5), memory(102, 99, 1), memory(140, 2)]
+    timeline = memory_timeline(trace, {"ts": 100, "dur": SLICES}, on_gpu=False)
+    assert timeline == [7, 30, *[5] * 38, *[2] * 8]
 
 
 def test_the_end_of_a_run_ends_the_recording(corpus, tmp_path):
