@@ -24,6 +24,7 @@ from cheaper.checkpoints import find_model
 from cheaper.config import RunConfig
 from cheaper.data.dataset import TokenDataset, TokenStream
 from cheaper.data.manifest import MANIFEST, Manifest, TeacherRecord
+from cheaper.data.shared_memory import release
 from cheaper.data.streams import check_shards, collate, mixed_streams, within_documents
 from cheaper.data.teacher_cache import KeptRow, encode_row
 from cheaper.data.tokenize import load_tokenizer
@@ -143,6 +144,7 @@ def _cache_stream(name: str, config: RunConfig, tokens: Manifest, teacher: Teach
         for part in mine:
             _write_part(folder, part, _kept_rows(part, dataset, config, teacher, record, bar))
     dist.barrier()
+    release(dataset)
     if dist.get_global_rank() == 0:
         _finish(folder, parts, manifest)
         size = sum(file.stat().st_size for file in folder.glob("*.mds"))

@@ -8,6 +8,8 @@ import torch
 from composer import Trainer
 from composer.utils import dist
 
+from cheaper.data.shared_memory import release
+
 
 class UnhurriedTrainer(Trainer):
     """While the device computes a step, the processor prepares the next one.
@@ -33,4 +35,4 @@ class UnhurriedTrainer(Trainer):
     def close(self) -> None:
         super().close()  # after it no process reads any more
         for loader in (self.state.train_dataloader, *(e.dataloader.dataloader for e in self.state.evaluators)):
-            loader.dataset.close()
+            release(loader.dataset)

@@ -78,6 +78,10 @@ def test_what_is_exported_comes_back_bit_for_bit(run, exported, tmp_path):
         assert (tmp_path / "last" / file).read_bytes() == (exported / file).read_bytes(), file
 
 
+def test_who_may_read_one_file_may_read_all(exported):
+    assert len({file.stat().st_mode for file in exported.iterdir()}) == 1
+
+
 def test_a_stage_starts_from_an_imported_model_and_nothing_resumes_from_it(corpus, exported, tmp_path, capsys):
     assert cli.main(["import", str(exported), "--output", str(tmp_path / "again")]) == 0
     start = (f"training.checkpoint_path={tmp_path / 'again'}", "training.stage.tokens=256")

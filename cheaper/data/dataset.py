@@ -6,7 +6,6 @@ sample is a row of the training.
 
 from __future__ import annotations
 
-import atexit
 import bisect
 import os
 import struct
@@ -124,17 +123,6 @@ class TokenDataset(StreamingDataset):
         if manifest.teacher:
             row["teacher"] = decode_row(row["teacher"], len(row["input_ids"]), manifest.teacher)
         return {**row, "sample": int(sample_id), "stream": stream}
-
-    def close(self) -> None:
-        """Ends its threads and gives back its shared memory, which streaming keeps until the process ends."""
-        if hasattr(self, "_iterator"):
-            self._iterator.non_blocking_exit()
-            self._executor.shutdown()
-        arrays = self._shared_barrier._arr, self._next_epoch.arr, self._cache_usage.arr
-        shared = [array.shm for array in (*arrays, self._shard_states, self._shard_access_times)]
-        for memory in (self._locals_shm, *shared, *([self._resume_shm] if hasattr(self, "_resume_shm") else [])):
-            atexit.unregister(memory.cleanup)
-            memory.cleanup()
 
 
 class RowFinder:

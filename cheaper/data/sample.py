@@ -4,7 +4,7 @@
 library. Both are © Python Software Foundation and contributors, PSF License 2.0; they are read from the running
 interpreter and not shipped. ``math``: arithmetic with worked steps, generated here from a seed, see
 ``cheaper.data.arithmetic``; ``chats`` and ``long_chats`` are such questions, short and long, as conversations.
-Beside each lies ``held_out_…``, what no training sees.
+Beside each lies ``held_out_…``, what no training sees; the long chats of it are the benchmark ``sums``, too.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages
 PROBLEMS = 20_000
 SHORT, LONG = 3, 5  # numbers in a question
 HELD_OUT = 200  # documents of each kind
+SUMS = "cheaper/sums"  # as ``evaluation/tasks/sums.yaml`` names its data set
 
 
 def write_sample(folder: Path, seed: int = 17) -> dict[str, int]:
-    """Writes ``raw/<stream>.jsonl`` and ``tokenizer/`` under ``folder``.
+    """Writes ``raw/<stream>.jsonl``, ``tokenizer/`` and ``benchmarks/`` under ``folder``.
 
     Returns:
         Documents per stream.
     """
-    (folder / "raw").mkdir(parents=True, exist_ok=True)
     sources, rng = list(_sources()), random.Random(seed)
     english = [*topics.values(), *_docstrings(sources)]
     rng.shuffle(sources)
@@ -69,12 +69,19 @@ def write_sample(folder: Path, seed: int = 17) -> dict[str, int]:
     rows = {name: [{"text": text} for text in documents] for name, documents in texts.items()}
     rows |= {name: [_as_chat(problem) for problem in problems] for name, problems in chats.items()}
     for name, documents in rows.items():
-        with open(folder / "raw" / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in documents)
+        _write_rows(folder / "raw" / f"{name}.jsonl", documents)
+    questions = [{"question": problem.question, "answer": str(problem.answer)} for problem in long_held_out]
+    _write_rows(folder / "benchmarks" / SUMS / "test.jsonl", questions)
     # A part of each corpus is enough to learn its words from.
     learned_from = (text for name in ("code", "english", "math") for text in texts[name][:4000])
     _train_tokenizer(learned_from, folder / "tokenizer")
     return {name: len(documents) for name, documents in rows.items()}
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def _as_text(problem: Problem) -> str:

@@ -1,12 +1,14 @@
-"""Removes what killed runs left in shared memory, and nothing that a living process still uses."""
+"""Gives back what runs have in shared memory: killed ones, and nothing that a living process still uses."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import tempfile
 from pathlib import Path
 
+from streaming import StreamingDataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, SHM_TO_CLEAN
 from streaming.base.util import clean_stale_shared_memory
 
@@ -14,6 +16,19 @@ SHARED_MEMORY = Path("/dev/shm")
 # Streaming's segments; those of one dataset share the number. Semaphores of killed process pools stay: the C library
 # makes them under another name, so nothing tells which of them are still in use.
 NAME = re.compile(rf"(\d{{6}})_(?:{'|'.join(SHM_TO_CLEAN)})")
+
+
+def release(dataset: StreamingDataset) -> None:
+    """Ends a data set's threads and gives back its memory; streaming would keep both until the process ends."""
+    if hasattr(dataset, "_iterator"):
+        dataset._iterator.non_blocking_exit()
+        dataset._executor.shutdown()
+    arrays = dataset._shared_barrier._arr, dataset._next_epoch.arr, dataset._cache_usage.arr
+    memories = [array.shm for array in (*arrays, dataset._shard_states, dataset._shard_access_times)]
+    memories += [dataset._resume_shm] if hasattr(dataset, "_resume_shm") else []
+    for memory in (dataset._locals_shm, *memories):
+        atexit.unregister(memory.cleanup)
+        memory.cleanup()
 
 
 def stale_shared_memory() -> list[Path]:

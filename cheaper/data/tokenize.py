@@ -201,6 +201,8 @@ def _download(source: str, trust_remote_code: bool, folder: str) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, use_fast=True)
     except (OSError, ValueError) as error:
+        if source.startswith("data/sample/"):
+            raise UserError(f"tokenizer {source}: not found; `cheaper sample` makes it") from None
         hint = "a folder, a hub id, or a tiktoken .model file such as Llama 3's"
         raise UserError(f"tokenizer {source}: not found; expected {hint} ({str(error).splitlines()[0]})") from None
     tokenizer.save_pretrained(folder)

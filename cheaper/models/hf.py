@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,8 @@ def save_pretrained(decoder: Decoder, folder: str | Path) -> None:
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(to_hf_config(decoder.config, dtype), indent=2) + "\n")
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", weights)  # they were written for their owner alone
 
 
 def load_pretrained(folder: str | Path) -> Decoder:

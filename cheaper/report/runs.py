@@ -36,6 +36,7 @@ class Run:
         summary: ``summary.json``; empty for a run that has not finished.
         curves: By metric.
         samples: Prompt → (step, continuation) in order.
+        results: Those of ``evaluation.json``; none for a run that was not evaluated.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Run:
     summary: dict[str, Any]
     curves: dict[str, Curve]
     samples: dict[str, list[tuple[int, str]]]
+    results: list[dict[str, Any]]
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -82,13 +84,16 @@ def _load_run(folder: Path) -> Run:
         raise UserError(f"run {folder}: no metrics.jsonl there{did_you_mean(str(folder), near)}")
     try:
         config = dict(leaves(yaml.safe_load((folder / "run.yaml").read_text())))
-        summary_file = folder / "summary.json"
-        summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+        summary, evaluation = (_optional(folder / name) for name in ("summary.json", "evaluation.json"))
         curves = _curves(read_records(folder / "metrics.jsonl"))
         samples = _samples(read_records(folder / "samples.jsonl"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"run {folder}: a file is damaged ({' '.join(str(error).split())})") from None
-    return Run(config["run_name"], folder, config, summary, curves, samples)
+    return Run(config["run_name"], folder, config, summary, curves, samples, evaluation.get("results", []))
+
+
+def _optional(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _curves(records: list[dict[str, Any]]) -> dict[str, Curve]:

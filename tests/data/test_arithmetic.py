@@ -8,6 +8,7 @@ import pytest
 
 from cheaper.data.arithmetic import is_right, problem
 from cheaper.data.sample import HELD_OUT, write_sample
+from cheaper.evaluation.benchmarks import find_benchmarks, load_tasks
 
 
 @pytest.mark.parametrize("numbers", [2, 3, 5])
@@ -42,3 +43,14 @@ def test_no_order_of_a_held_out_question_is_trained_on(tmp_path):
         assert counts[name] == HELD_OUT
         assert len(held_out) > 5
         assert not held_out & trained
+
+
+def test_the_long_chats_are_a_benchmark(tmp_path):
+    write_sample(tmp_path)
+    [task] = load_tasks(find_benchmarks(["sums"])[0], tmp_path / "benchmarks", seed=0)["tasks"].values()
+    documents = list(task.test_docs())
+    chats = [json.loads(line) for line in (tmp_path / "raw" / "held_out_long_chats.jsonl").read_text().splitlines()]
+    assert [task.doc_to_text(document) for document in documents] == [chat["messages"][0]["content"] for chat in chats]
+    for document, chat in zip(documents, chats, strict=True):
+        right, wrong = chat["messages"][1]["content"], f"The answer is {chat['answer'] + 1}."
+        assert task.process_results(document, [[right, wrong]]) == {"math_verify": 0.5}

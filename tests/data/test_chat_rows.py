@@ -16,6 +16,7 @@ from cheaper.data.chat import ChatTemplate
 from cheaper.data.convert import convert_mixture
 from cheaper.data.pack import best_fit
 from cheaper.data.rows import ChatRows, Position, run_lengths
+from cheaper.data.shared_memory import release
 from cheaper.data.tokenize import load_tokenizer
 from cheaper.errors import UserError
 from tests.conftest import WORDS, kill, train_tokenizer
@@ -65,7 +66,9 @@ def data(folder: Path, root: Path, **settings) -> DataConfig:
 
 def read(root: Path) -> list[dict[str, np.ndarray]]:
     dataset = StreamingDataset(local=str(root / "s"), shuffle=False, batch_size=1)
-    return [dataset[i] for i in range(len(dataset))]
+    rows = [dataset[i] for i in range(len(dataset))]
+    release(dataset)
+    return rows
 
 
 def documents(shards: list[dict[str, np.ndarray]]) -> list[tuple[list[int], list[bool]]]:

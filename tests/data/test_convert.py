@@ -26,7 +26,7 @@ from cheaper.data.convert import convert_mixture
 from cheaper.data.manifest import Manifest
 from cheaper.data.rows import Position, RowCutter
 from cheaper.data.shards import ShardWriter, narrowest
-from cheaper.data.shared_memory import remove_stale_shared_memory
+from cheaper.data.shared_memory import release, remove_stale_shared_memory
 from cheaper.data.tokenize import load_tokenizer
 from cheaper.errors import UserError
 from tests.conftest import kill, some_texts, train_tokenizer, write_jsonl
@@ -52,7 +52,9 @@ def mixture(tmp_path, tokenizer_folder):
 def rows_of(folder: Path) -> list[dict]:
     remove_stale_shared_memory()
     dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
-    return [dataset[i] for i in range(len(dataset))]
+    rows = [dataset[i] for i in range(len(dataset))]
+    release(dataset)
+    return rows
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -10,11 +10,19 @@ from cheaper.config import DataConfig
 from cheaper.data.dataset import RowFinder, TokenDataset, TokenStream, order_mixed
 from cheaper.data.manifest import Manifest
 from cheaper.data.mixing import SHUFFLED_TOGETHER, Mixture
-from cheaper.data.shared_memory import remove_stale_shared_memory
+from cheaper.data.shared_memory import release, remove_stale_shared_memory
 from cheaper.data.streams import MOST_EPOCH_ROWS, epoch_rows
 
 COLUMNS = {"input_ids": "ndarray:uint16", "lengths": "ndarray:uint16"}
 ROW = 8  # tokens of a row of the shards
+made: list[TokenDataset] = []
+
+
+@pytest.fixture(autouse=True)
+def release_what_was_made():
+    yield
+    while made:
+        release(made.pop())
 
 
 def manifest(tokens: int) -> Manifest:
@@ -36,7 +44,8 @@ def make(folder, tokens: dict[str, int], shares: list[float] | None, cut: int = 
     data = DataConfig(name="m", root=str(folder))
     streams = [TokenStream(data, name, manifest(count).cut_into(cut)) for name, count in tokens.items()]
     settings = {"batch_size": 4, "shuffle": True, "num_canonical_nodes": 1, "shuffle_seed": 3, **arguments}
-    return TokenDataset(streams, shares, **settings)
+    made.append(TokenDataset(streams, shares, **settings))
+    return made[-1]
 
 
 def global_order(dataset, nodes: int, ranks: int, workers: int, epoch: int = 0, begin: int = 0) -> np.ndarray:

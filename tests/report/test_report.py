@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from cheaper.cli import main
+from cheaper.evaluation.results import Result, save
 from cheaper.files import read_records
 from cheaper.report.runs import MAX_POINTS, load_runs
 
@@ -94,6 +95,20 @@ def test_a_page_holds_everything_of_a_run(runs):
     assert ["test", "a", "70.00 %", f"{100 * share['consumed']:.2f} %", f"{share['tokens']:,}"] in page.rows
     samples = read_records(runs / "whole" / "samples.jsonl")
     assert sorted(page.pre) == sorted([PROMPT, *(sample["continuation"] for sample in samples)])
+
+
+def test_scores_stand_beside_the_expected_and_the_published_ones(runs, tmp_path):
+    shutil.copytree(runs / "whole", tmp_path / "scored")
+    scores = [
+        Result("gsm8k", "math_verify", 8, 1319, 0.5, 0.0138, expected=0.25, published=0.616),
+        Result("<script>alert(1)</script>", "acc", 0, 20, 0.25),
+    ]
+    save(tmp_path / "scored" / "evaluation.json", "runs/test/step-00000080.pt", scores)
+    assert main(["report", str(tmp_path / "scored")]) == 0
+    page = Page(tmp_path / "scored" / "report.html")
+    assert ["test", "gsm8k", "math_verify", "8", "1,319", "0.5000± 0.0138", "0.2500", "0.6160"] in page.rows
+    assert ["test", "<script>alert(1)</script>", "acc", "0", "20", "0.2500", "", ""] in page.rows
+    assert len(page.scripts) == 3
 
 
 def test_nothing_is_loaded_and_no_text_becomes_code(runs):
