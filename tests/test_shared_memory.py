@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,10 @@ def test_only_the_dead_are_removed():
 
 
 def held() -> list[str]:
-    """What this process has open in ``SHARED_MEMORY``."""
+    """What this process has open in ``SHARED_MEMORY``, and the locks that lie beside."""
     files = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
-    return [file for file in files if file.startswith(str(SHARED_MEMORY))]
+    locks = map(str, Path(tempfile.gettempdir()).glob("*_filelock"))
+    return sorted([*locks, *(file for file in files if file.startswith(str(SHARED_MEMORY)))])
 
 
 def test_a_run_that_has_ended_holds_none(corpus, tmp_path):

@@ -19,13 +19,19 @@ NAME = re.compile(rf"(\d{{6}})_(?:{'|'.join(SHM_TO_CLEAN)})")
 
 
 def release(dataset: StreamingDataset) -> None:
-    """Ends a data set's threads and gives back its memory; streaming would keep both until the process ends."""
+    """Ends a data set's threads and gives back its memory, which streaming keeps until the process ends.
+
+    Call it when no process reads the data set any more.
+    """
     if hasattr(dataset, "_iterator"):
         dataset._iterator.non_blocking_exit()
         dataset._executor.shutdown()
     arrays = dataset._shared_barrier._arr, dataset._next_epoch.arr, dataset._cache_usage.arr
     memories = [array.shm for array in (*arrays, dataset._shard_states, dataset._shard_access_times)]
     memories += [dataset._resume_shm] if hasattr(dataset, "_resume_shm") else []
+    if dataset._locals_shm.created_shms:  # the one that chose the number, which is taken while a file has it
+        for lock in (dataset._shared_barrier.filelock_path, dataset._cache_filelock_path):
+            Path(lock).unlink(missing_ok=True)
     for memory in (dataset._locals_shm, *memories):
         atexit.unregister(memory.cleanup)
         memory.cleanup()
