@@ -137,4 +137,5 @@ def _tokenizer_of_tiktoken(engine: tiktoken.Encoding, source: Path) -> object:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     special = sorted(engine._special_tokens, key=engine._special_tokens.get)
-    return TikTokenConverter(str(source), pattern=LLAMA3_PATTERN, additional_special_tokens=special).converted()
+    named = {"additional_special_tokens": special, "extra_special_tokens": special}  # transformers 4, and 5
+    return TikTokenConverter(str(source), pattern=LLAMA3_PATTERN, **named).converted()
