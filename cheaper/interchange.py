@@ -24,7 +24,9 @@ from cheaper.files import publish
 from cheaper.language_model import LanguageModel
 from cheaper.model_card import model_card
 from cheaper.models import hf
+from cheaper.models.hf_llama_cpp import save_for_llama_cpp
 
+OUTTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}  # of the converter
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONVERTER = "convert_hf_to_gguf.py"  # llama.cpp's
 
@@ -49,6 +51,8 @@ def export_to_hf(model: LanguageModel, output: Path, dtype: str | None = None) -
 def export_to_gguf(model: LanguageModel, output: Path, dtype: str | None = None) -> None:
     """Writes a GGUF file through llama.cpp's converter, which is looked for in ``LLAMA_CPP`` and on the path.
 
+    A dense model is a Qwen3 or a Llama there, see ``cheaper.models.hf_llama_cpp``.
+
     Raises:
         UserError: The file is there already, or llama.cpp's converter is not installed or does not take the model.
     """
@@ -59,10 +63,12 @@ def export_to_gguf(model: LanguageModel, output: Path, dtype: str | None = None)
     if output.exists():
         raise UserError(f"--output {output}: is there already; choose another name")
     with tempfile.TemporaryDirectory(prefix="export-") as temporary:
-        export_to_hf(model, Path(temporary, output.stem), dtype)
-        written = {None: "auto", "fp32": "f32", "bf16": "bf16", "fp16": "f16"}[dtype]
+        decoder, folder = model.decoder.to(DTYPES[dtype]) if dtype else model.decoder, Path(temporary, output.stem)
+        save_for_llama_cpp(decoder, folder)
+        write_tokenizer(model, folder)
+        written = OUTTYPES[next(decoder.parameters()).dtype]
         partial = output.with_name(f".partial-{output.name}")
-        command = [sys.executable, str(converter), str(Path(temporary, output.stem)), "--outtype", written]
+        command = [sys.executable, str(converter), str(folder), "--outtype", written]
         done = subprocess.run([*command, "--outfile", str(partial)], capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]

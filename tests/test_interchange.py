@@ -122,11 +122,11 @@ def test_gguf_goes_through_llama_cpps_converter(run, tmp_path, monkeypatch, caps
     )
     assert cli.main(arguments) == 0
     kept = json.loads(output.read_text())
-    assert (kept["type"], kept["arguments"]) == ("llama4_text", ["--outtype", "bf16", "--outfile"])
-    converter.write_text("import sys\nsys.exit('Model Llama4ForCausalLM is not supported')\n")
+    assert (kept["type"], kept["arguments"]) == ("qwen3", ["--outtype", "bf16", "--outfile"])
+    converter.write_text("import sys\nsys.exit('Model Qwen3ForCausalLM is not supported')\n")
     output.unlink()
     assert cli.main(arguments) == 2
-    assert "does not take this model (Model Llama4ForCausalLM is not supported)" in capsys.readouterr().err
+    assert "does not take this model (Model Qwen3ForCausalLM is not supported)" in capsys.readouterr().err
     assert list(tmp_path.glob("*.gguf")) == []
 
 

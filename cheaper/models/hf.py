@@ -82,10 +82,14 @@ def from_hf_state_dict(state: dict[str, torch.Tensor], config: ModelConfig, sour
     return {rename(name, names, source): tensor for name, tensor in state.items()}
 
 
-def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """``config.json`` for ``transformers``."""
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """``config.json`` for ``transformers``, without the weights' type."""
+    return {**(hf_moe.to_hf_config(config) if config.experts else _llama4_config(config)), **common_config(config)}
+
+
+def common_config(config: ModelConfig) -> dict[str, Any]:
+    """What ``config.json`` says of every kind of model."""
     return {
-        **(hf_moe.to_hf_config(config) if config.experts else _llama4_config(config)),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -102,7 +106,6 @@ def to_hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "torch_dtype": dtype,
     }
 
 
@@ -204,12 +207,16 @@ def _kind(rope: dict[str, Any]) -> str:
 
 def save_pretrained(decoder: Decoder, folder: str | Path) -> None:
     """Writes ``config.json`` and safetensors of at most 5 GB for ``AutoModelForCausalLM.from_pretrained(folder)``."""
-    folder = Path(folder)
+    write_folder(Path(folder), to_hf_state_dict(decoder), to_hf_config(decoder.config))
+
+
+def write_folder(folder: Path, state: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Writes tensors and the configuration that goes with them."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous().cpu() for name, tensor in to_hf_state_dict(decoder).items()}
+    state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE)
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(to_hf_config(decoder.config, dtype), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": dtype}, indent=2) + "\n")
     for weights in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", weights)  # they were written for their owner alone
 

@@ -147,7 +147,7 @@ def test_layers_that_predict_further_words_are_left_out(models):
 )
 def test_a_model_we_would_compute_wrongly_is_refused(change, reason):
     with pytest.raises(UserError, match=reason):
-        hf.from_hf_config({**hf.to_hf_config(CONFIG, "float32"), **change}, "somewhere")
+        hf.from_hf_config({**hf.to_hf_config(CONFIG), **change}, "somewhere")
 
 
 def test_what_transformers_has_no_model_for_is_refused():

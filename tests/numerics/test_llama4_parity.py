@@ -34,7 +34,7 @@ def small(**changes) -> ModelConfig:
 
 
 def theirs(config: ModelConfig, attention: str = "eager") -> Llama4ForCausalLM:
-    raw = hf.to_hf_config(config, "float32")
+    raw = hf.to_hf_config(config)
     return Llama4ForCausalLM._from_config(Llama4TextConfig(**raw), attn_implementation=attention).eval()
 
 
@@ -222,6 +222,6 @@ def test_parameter_counts(model, exact, published):
     ],
 )
 def test_a_model_we_would_compute_wrongly_is_refused(change, reason):
-    raw = {**hf.to_hf_config(small(), "float32"), **change}
+    raw = {**hf.to_hf_config(small()), **change}
     with pytest.raises(UserError, match=reason):
         hf.from_hf_config(raw, "somewhere")
