@@ -84,6 +84,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     if resume_from:
         checkpoints.check_resume(resume_from, model.model, rows_per_step(config))
     peak = flops.peak_flops(get_device(None)._device, compute_dtype(config))
+    callbacks = build_callbacks(config, model, tokenizer, clipping, peak[0])
     every = f"{config.training.eval_interval}ba" if config.training.eval_interval else "1dur"
     trainer = UnhurriedTrainer(
         model=model,
@@ -94,7 +95,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         optimizers=build_optimizer(model, stage),
         schedulers=build_scheduler(stage, length),
         algorithms=algorithms,
-        callbacks=build_callbacks(config, model, tokenizer, clipping, peak[0]),
+        callbacks=callbacks,
         loggers=build_loggers(config, manifests, peak, allocator),
         run_name=config.run_name,
         progress_bar=False,
