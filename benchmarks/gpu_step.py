@@ -114,7 +114,7 @@ def their_step(config: RunConfig, batch: dict, sizes: Sizes) -> Step:
         from liger_kernel.transformers import apply_liger_kernel_to_llama4
 
         apply_liger_kernel_to_llama4()
-    shape = Llama4TextConfig.from_dict(hf.to_hf_config(config.model, "float32"))
+    shape = Llama4TextConfig.from_dict(hf.to_hf_config(config.model))
     with sizes.device:
         model = Llama4ForCausalLM._from_config(shape, attn_implementation="sdpa").float().train()
     with torch.device("meta"):

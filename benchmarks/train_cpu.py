@@ -42,7 +42,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2}  # relative, of a loss
 
 
 def llama4(shape: ModelConfig) -> PreTrainedModel:
-    return Llama4ForCausalLM(Llama4TextConfig(**to_hf_config(shape, "float32")))
+    return Llama4ForCausalLM(Llama4TextConfig(**to_hf_config(shape)))
 
 
 def llama(shape: ModelConfig) -> PreTrainedModel:

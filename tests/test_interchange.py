@@ -1,5 +1,6 @@
 """Models out to transformers and in from there, with tokenizer and chat template; and text from what comes out."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -10,8 +11,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cheaper import cli
 from cheaper.checkpoints import load_decoder, safe_load
+from cheaper.generation import Sampling, continuations
+from cheaper.interchange import export_to_hf
 from cheaper.language_model import load_model
 from cheaper.models import hf
+from cheaper.models.decoder import Decoder
 from tests.conftest import some_texts, train_tokenizer
 
 CHAT = [{"role": "user", "content": "the model"}, {"role": "assistant", "content": "reads"}]
@@ -55,6 +59,23 @@ def test_transformers_gives_the_same_logits_and_the_same_64_tokens(run, exported
     expected = tokenizer.decode(expected[len(ours.encode(text)) :], skip_special_tokens=True)
     assert ours.generate([text], max_new_tokens=64) == [expected]
     assert len(expected) > 20
+
+
+@pytest.mark.parametrize(("context", "theta"), [(4096, 5e5), (32_768, 4e6)])
+def test_transformers_agrees_up_to_the_end_of_the_context(run, tmp_path, context, theta):
+    model = load_model(str(run))
+    shape = {"max_position_embeddings": context, "rope_theta": theta, "initializer_std": 0.3}
+    torch.manual_seed(0)
+    model.decoder = Decoder(dataclasses.replace(model.decoder.config, **shape)).eval()
+    export_to_hf(model, tmp_path / "exported")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    assert theirs.config.max_position_embeddings == context
+    ids = torch.randint(2, 320, (1, context - 64))
+    with torch.no_grad():
+        ours = model.decoder(ids)[:, -64:]
+        torch.testing.assert_close(ours, theirs(ids, logits_to_keep=64).logits, atol=1e-4, rtol=1e-4)
+    expected = theirs.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
+    assert continuations(model.decoder, ids.tolist(), Sampling(64)) == [expected.tolist()]
 
 
 def test_the_tokenizer_has_the_same_words_and_chats(run, exported):
