@@ -1,4 +1,4 @@
-"""Gives back what runs have in shared memory: killed ones, and nothing that a living process still uses."""
+"""Gives back the shared memory of runs that have ended, killed ones too, and nothing that a living process uses."""
 
 from __future__ import annotations
 
