@@ -12,10 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from streaming import StreamingDataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cheaper.compose import load_config
 from cheaper.data.convert import convert_mixture
+from cheaper.data.shared_memory import release, remove_stale_shared_memory
 
 DRIVER = Path(__file__).parent / "e2e" / "train_and_log.py"
 REPOSITORY = Path(__file__).parents[1]
@@ -44,6 +46,15 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """The rows of the shards in ``folder``, as streaming reads them."""
+    remove_stale_shared_memory()
+    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
+    rows = [dataset[i] for i in range(len(dataset))]
+    release(dataset)
+    return rows
 
 
 def some_texts(count: int, seed: int) -> list[str]:

@@ -37,7 +37,7 @@ def _state_dict(decoder: Decoder) -> dict[str, torch.Tensor]:
     state = {name.replace(".feed_forward.", ".mlp."): tensor for name, tensor in state.items()}
     for name in state:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            state[name] = pair_halves(state[name], config.head_dim)
+            state[name] = _pair_halves(state[name], config.head_dim)
     if config.qk_norm:
         norms = [f"model.layers.{n}.self_attn.{x}_norm.weight" for n in range(config.num_layers) for x in "qk"]
         state |= {name: torch.ones(config.head_dim, dtype=state["model.norm.weight"].dtype) for name in norms}
@@ -55,6 +55,6 @@ def _config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def pair_halves(weight_HD: torch.Tensor, head_dim: int) -> torch.Tensor:
+def _pair_halves(weight_HD: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Reorders each head's rows: we turn features (2i, 2i + 1) together, Qwen3 and Llama (i, i + E/2)."""
     return weight_HD.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)

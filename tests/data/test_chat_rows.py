@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from streaming import StreamingDataset
 
 from cheaper.config import DataConfig, SourceConfig, StreamConfig
 from cheaper.data import rows
@@ -16,10 +15,9 @@ from cheaper.data.chat import ChatTemplate
 from cheaper.data.convert import convert_mixture
 from cheaper.data.pack import best_fit
 from cheaper.data.rows import ChatRows, Position, run_lengths
-from cheaper.data.shared_memory import release
 from cheaper.data.tokenize import load_tokenizer
 from cheaper.errors import UserError
-from tests.conftest import WORDS, kill, train_tokenizer
+from tests.conftest import WORDS, kill, rows_of, train_tokenizer
 
 ROW = 64
 
@@ -64,13 +62,6 @@ def data(folder: Path, root: Path, **settings) -> DataConfig:
     return DataConfig(name="chats", root=str(root), tokenizer=tokenizer, streams={"s": stream}, **given)
 
 
-def read(root: Path) -> list[dict[str, np.ndarray]]:
-    dataset = StreamingDataset(local=str(root / "s"), shuffle=False, batch_size=1)
-    rows = [dataset[i] for i in range(len(dataset))]
-    release(dataset)
-    return rows
-
-
 def documents(shards: list[dict[str, np.ndarray]]) -> list[tuple[list[int], list[bool]]]:
     found = []
     for row in shards:
@@ -96,7 +87,7 @@ def test_every_chat_is_in_the_shards_once_with_its_loss(folder, tmp_path, monkey
             chat = template.encode(messages)
             if len(chat.ids) <= ROW or too_long == "cut":
                 expected.append((chat.ids[:ROW].tolist(), chat.loss[:ROW].tolist()))
-    shards = read(tmp_path)
+    shards = rows_of(tmp_path / "s")
     got = documents(shards)
     assert sorted(got) == sorted(expected)
     if not packing:

@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from streaming import MDSWriter, StreamingDataset
+from streaming import MDSWriter
 
 from cheaper.config import DataConfig, SourceConfig, StreamConfig
 from cheaper.data import convert, shards
@@ -26,10 +26,9 @@ from cheaper.data.convert import convert_mixture
 from cheaper.data.manifest import Manifest
 from cheaper.data.rows import Position, RowCutter
 from cheaper.data.shards import ShardWriter, narrowest
-from cheaper.data.shared_memory import release, remove_stale_shared_memory
 from cheaper.data.tokenize import load_tokenizer
 from cheaper.errors import UserError
-from tests.conftest import kill, some_texts, train_tokenizer, write_jsonl
+from tests.conftest import kill, rows_of, some_texts, train_tokenizer, write_jsonl
 
 BOS, EOS = 0, 1
 
@@ -47,14 +46,6 @@ def mixture(tmp_path, tokenizer_folder):
         return DataConfig(name="m", root=str(tmp_path / root), tokenizer=str(tokenizer_folder), streams=streams)
 
     return make
-
-
-def rows_of(folder: Path) -> list[dict]:
-    remove_stale_shared_memory()
-    dataset = StreamingDataset(local=str(folder), shuffle=False, batch_size=1)
-    rows = [dataset[i] for i in range(len(dataset))]
-    release(dataset)
-    return rows
 
 
 def digest(folder: Path) -> dict[str, str]:
