@@ -28,16 +28,22 @@ def generate(args: list[str]) -> int:
         raise UserError("cheaper generate: expected a prompt or --file")
     if options.output and options.output.exists():
         raise UserError(f"--output {options.output}: is there already; choose another name")
+    if options.output and not options.output.absolute().parent.is_dir():
+        raise UserError(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size {options.batch_size}: expected 1 or more")
     sampling = _sampling(options)
     from cheaper.language_model import load_model
 
     if options.file:
         prompts = list(_prompts(options.file, options.chat))
         model = load_model(options.model, options.tokenizer)
-        settings = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "stop", "seed")}
+        settings = {key: getattr(options, key) for key in ("max_new_tokens", "temperature", "top_p", "stop")}
         with open(options.output, "w") if options.output else open(sys.stdout.fileno(), "w", closefd=False) as file:
-            for some in _batches(prompts, options.batch_size):
-                for prompt, text in zip(some, model.generate(some, **settings), strict=True):
+            for number, some in enumerate(_batches(prompts, options.batch_size)):
+                # Of a seed of its own: the same prompts in another batch are to be drawn anew.
+                texts = model.generate(some, **settings, seed=options.seed + number)
+                for prompt, text in zip(some, texts, strict=True):
                     key = "prompt" if isinstance(prompt, str) else "messages"
                     file.write(json.dumps({key: prompt, "continuation": text}, ensure_ascii=False) + "\n")
                 file.flush()
@@ -60,7 +66,7 @@ def chat(args: list[str]) -> int:
     model = load_model(options.model, options.tokenizer)
     start = [{"role": "system", "content": options.system}] if options.system else []
     messages = list(start)
-    print("An empty line begins a new chat, Ctrl-D ends it.", file=sys.stderr)
+    print("An empty line begins a new chat, Ctrl-C stops an answer, Ctrl-D ends it.", file=sys.stderr)
     while True:
         try:
             said = input("you: ")
@@ -72,7 +78,12 @@ def chat(args: list[str]) -> int:
             continue
         messages.append({"role": "user", "content": said})
         print("model: ", end="")
-        answer = _show(model.stream(messages, _sampling(options), options.stop))
+        try:
+            answer = _show(model.stream(messages, _sampling(options), options.stop))
+        except KeyboardInterrupt:
+            print("\nThe answer was stopped; what was asked last is forgotten.", file=sys.stderr)
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": answer})
 
 
@@ -100,20 +111,20 @@ def evaluate(args: list[str]) -> int:
         raise UserError(f"--data_dir {options.data_dir}: no such folder")
     if options.output and not options.output.absolute().parent.is_dir():
         raise UserError(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
-    from cheaper import evaluation
+    from cheaper.evaluation import evaluator
     from cheaper.evaluation.processes import is_first
     from cheaper.evaluation.results import results_file, save, table
 
     names = [name for name in options.benchmarks.split(",") if name]
-    benchmarks = evaluation.chosen(names, options.execute_code, options.samples)
+    benchmarks = evaluator.chosen(names, options.execute_code, options.samples)
     generation = options.tokenizer, options.batch_size, options.max_new_tokens, options.seed
-    lm = evaluation.load(options.model_path, *generation)
+    lm = evaluator.load(options.model_path, *generation)
     output = options.output or results_file(options.model_path, lm.model.source)
     results = []
-    for result in evaluation.results(lm, benchmarks, options.data_dir, options.limit, options.seed):
+    for result in evaluator.results(lm, benchmarks, options.data_dir, options.limit, options.seed):
         results.append(result)
         if is_first():
-            save(output, str(lm.model.source), [result])
+            save(output, lm.model.source, [result])
     if is_first():
         print(f"{table(results)}\n\n{output}")
     return 0
@@ -166,9 +177,6 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 def _sampling(options: argparse.Namespace) -> Any:
     from cheaper.generation import Sampling
 
-    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.max_new_tokens < 1:
-        given = f"--temperature {options.temperature} --top_p {options.top_p} --max_new_tokens {options.max_new_tokens}"
-        raise UserError(f"{given}: expected 0 or more, above 0 and up to 1, 1 or more")
     return Sampling(options.max_new_tokens, options.temperature, options.top_p, seed=options.seed)
 
 
@@ -184,7 +192,7 @@ def _show(pieces: Iterable[str]) -> str:
 def _prompts(path: Path, as_chat: bool) -> Iterator[Any]:
     """The prompts of a file, line by line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other ends of lines, such as U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--file {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     for number, line in enumerate(lines, 1):

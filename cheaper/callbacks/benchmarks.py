@@ -12,8 +12,8 @@ from composer.loggers import Logger
 
 from cheaper.config import BenchmarksConfig, parse_count
 from cheaper.data.tokenize import Tokenizer
-from cheaper.evaluation import SEED, chosen, results
 from cheaper.evaluation.benchmarks import load_tasks
+from cheaper.evaluation.evaluator import SEED, chosen, results
 from cheaper.evaluation.harness import CheaperLM
 from cheaper.language_model import LanguageModel
 

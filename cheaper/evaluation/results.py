@@ -6,9 +6,10 @@ import dataclasses
 import datetime
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import cheaper
 from cheaper.errors import UserError
@@ -30,6 +31,8 @@ class Result:
         stderr: Standard error of the score, where there is one.
         expected: The specification's score for a model of this size.
         published: MobileLLM-R1's score at this size.
+        settings: What else the score depends on: ``limit``, ``seed``, ``chat``, and of generated texts ``draws``,
+            ``temperature`` and ``max_new_tokens``.
     """
 
     benchmark: str
@@ -40,6 +43,7 @@ class Result:
     stderr: float | None = None
     expected: float | None = None
     published: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -62,33 +66,66 @@ def results_file(model: str, source: Path) -> Path:
     return folder / "evaluation.json"
 
 
-def save(path: Path, model: str, results: Sequence[Result]) -> None:
-    """Adds results to the file ``path``; those of the same benchmarks are replaced.
+def results_of(file: Path, source: str | Path) -> list[dict[str, Any]]:
+    """The rows of one model in an ``evaluation.json``: the newest of each benchmark, of those asked in full.
+
+    Args:
+        file: It need not be there.
+        source: The checkpoint or folder of the weights, as ``LanguageModel.source``.
+
+    Returns:
+        The fields of ``Result``, and ``model``.
 
     Raises:
-        UserError: The file holds something else, or another model's results.
+        UserError: The file holds something else.
     """
-    before = _read(path)
-    if before and before["model"] != model:
-        raise UserError(f"--output {path}: has results of {before['model']}; remove it or choose another name")
-    new = {result.benchmark: dataclasses.asdict(result) for result in results}
-    rows = {row["benchmark"]: row for row in before.get("results", ())} | new
+    try:
+        rows = [row for row in _read(file) if row["model"] == _name(file, source)]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: holds no results of an evaluation; remove it") from None
+    return list({row["benchmark"]: row for row in rows if row["settings"].get("limit") is None}.values())
+
+
+def save(file: Path, source: str | Path, results: Sequence[Result]) -> None:
+    """Adds a model's results to ``file``, in place of those of the same benchmarks under the same settings.
+
+    Raises:
+        UserError: The file holds something else.
+    """
+    check_output(file)
+    new = [{"model": _name(file, source), **dataclasses.asdict(result)} for result in results]
+    keys = [_key(row) for row in new]
+    rows = [row for row in _read(file) if _key(row) not in keys] + new
     versions = {"cheaper": cheaper.__version__, **{package: version(package) for package in PACKAGES}}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    record = {"model": model, "date": now, "versions": versions, "results": list(rows.values())}
-    write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    record = {"date": now, "versions": versions, "results": rows}
+    write_atomically(file, (json.dumps(record, indent=2) + "\n").encode())
 
 
-def _read(path: Path) -> dict:
-    if not path.exists():
-        return {}
+def check_output(file: Path) -> None:
+    """Tells whether results can be added to ``file``.
+
+    Raises:
+        UserError: The file holds something else.
+    """
     try:
-        record = json.loads(path.read_text())
-        if {"model", "results"} <= record.keys():
-            return record
-    except (OSError, ValueError, AttributeError):
-        pass
-    raise UserError(f"--output {path}: is there already, and holds no results")
+        _ = [_key(row) for row in _read(file)]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--output {file}: is there already, and holds no results") from None
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text())["results"] if file.exists() else []
+
+
+def _name(file: Path, source: str | Path) -> str:
+    """A model's name in ``file``: from its folder where it lies in there, so that a run may move."""
+    folder, source = file.resolve().parent, Path(source).resolve()
+    return str(source.relative_to(folder) if source.is_relative_to(folder) else source)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["model"], row["benchmark"], json.dumps(row["settings"], sort_keys=True)
 
 
 def _share(share: float | None) -> str:

@@ -13,7 +13,8 @@ import yaml
 
 from cheaper.compose import leaves
 from cheaper.errors import UserError, did_you_mean
-from cheaper.files import read_records
+from cheaper.evaluation.results import results_of
+from cheaper.files import newest_checkpoint, read_records
 
 MAX_POINTS = 2000  # of a curve; more cannot be seen, and make a page slow
 
@@ -36,7 +37,7 @@ class Run:
         summary: ``summary.json``; empty for a run that has not finished.
         curves: By metric.
         samples: Prompt → (step, continuation) in order.
-        results: Those of ``evaluation.json``; none for a run that was not evaluated.
+        results: Of the newest checkpoint, from ``evaluation.json``; none for a run that was not evaluated.
     """
 
     name: str
@@ -84,12 +85,13 @@ def _load_run(folder: Path) -> Run:
         raise UserError(f"run {folder}: no metrics.jsonl there{did_you_mean(str(folder), near)}")
     try:
         config = dict(leaves(yaml.safe_load((folder / "run.yaml").read_text())))
-        summary, evaluation = (_optional(folder / name) for name in ("summary.json", "evaluation.json"))
+        summary, newest = _optional(folder / "summary.json"), newest_checkpoint(folder)
+        results = results_of(folder / "evaluation.json", newest) if newest else []
         curves = _curves(read_records(folder / "metrics.jsonl"))
         samples = _samples(read_records(folder / "samples.jsonl"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"run {folder}: a file is damaged ({' '.join(str(error).split())})") from None
-    return Run(config["run_name"], folder, config, summary, curves, samples, evaluation.get("results", []))
+    return Run(config["run_name"], folder, config, summary, curves, samples, results)
 
 
 def _optional(file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -17,7 +18,7 @@ from cheaper import cli
 from cheaper.errors import UserError
 from cheaper.evaluation import evaluate
 from cheaper.evaluation.benchmarks import at_size, catalogue, find_benchmarks, index, load_tasks, runs_code
-from cheaper.evaluation.results import Result, save
+from cheaper.evaluation.results import Result, results_of, save
 from tests.conftest import REPOSITORY
 from tests.evaluation.conftest import arc_row, sentence, write
 from tests.evaluation.test_programs import HUMANEVAL, MBPP, packed
@@ -41,17 +42,38 @@ def test_command_writes_table_and_file(model_folder, data_dir, tmp_path, capsys)
     assert rows == [["arc_easy", "acc", "0", "4"], ["gsm8k", "math_verify", "8", "4"]]
     assert cli.main(["evaluate", *common, "--benchmarks", "hellaswag,arc_easy"]) == 0
     record = json.loads(output.read_text())
-    assert [row["benchmark"] for row in record["results"]] == ["arc_easy", "gsm8k", "hellaswag"]
-    assert record["model"] == str(model_folder)
-    assert record["results"][0].keys() == {field.name for field in dataclasses.fields(Result)}
+    assert [row["benchmark"] for row in record["results"]] == ["gsm8k", "hellaswag", "arc_easy"]
+    assert {row["model"] for row in record["results"]} == {str(model_folder)}
+    assert record["results"][0].keys() == {"model", *(field.name for field in dataclasses.fields(Result))}
+    answers = {"chat": False, "draws": None, "temperature": 0.0, "max_new_tokens": 4}
+    assert record["results"][0]["settings"] == {"limit": 4, "seed": 1234, **answers}
+    assert record["results"][1]["settings"] == {"limit": 4, "seed": 1234, "chat": False}
     assert {"date", "versions"} < record.keys()
 
 
-def test_results_are_added_to_those_of_the_same_model(tmp_path):
-    save(tmp_path / "e.json", "m", [Result("a", "acc", 0, 4, 0.5), Result("b", "acc", 0, 4, 0.5)])
-    save(tmp_path / "e.json", "m", [Result("a", "acc", 0, 8, 0.25)])
-    rows = json.loads((tmp_path / "e.json").read_text())["results"]
-    assert [(row["benchmark"], row["score"]) for row in rows] == [("a", 0.25), ("b", 0.5)]
+def test_results_replace_those_of_the_same_model_and_settings(tmp_path, monkeypatch):
+    def scored(benchmark, score, **settings):
+        return Result(benchmark, "acc", 0, 8, score, settings={"limit": None, **settings})
+
+    file, ten = tmp_path / "run" / "evaluation.json", tmp_path / "run" / "step-10.pt"
+    file.parent.mkdir()
+    save(file, ten, [scored("a", 0.5), scored("b", 0.5)])
+    save(file, tmp_path / "run" / "step-20.pt", [scored("a", 0.75)])
+    save(file, "/hub/other", [scored("a", 0.125)])
+    save(file, ten, [scored("a", 0.0, limit=5), scored("b", 0.625, temperature=0.6)])
+    monkeypatch.chdir(tmp_path)
+    save(Path("run/evaluation.json"), "run/step-10.pt", [scored("a", 0.25)])
+    rows = [(row["model"], row["benchmark"], row["score"]) for row in json.loads(file.read_text())["results"]]
+    others = [("step-20.pt", "a", 0.75), ("/hub/other", "a", 0.125)]
+    ours = [("step-10.pt", "a", 0.0), ("step-10.pt", "b", 0.625), ("step-10.pt", "a", 0.25)]
+    assert rows == [("step-10.pt", "b", 0.5), *others, *ours]
+    file.parent.rename("moved")
+    found = results_of(Path("moved/evaluation.json"), Path("moved/step-10.pt"))
+    assert {row["benchmark"]: row["score"] for row in found} == {"a": 0.25, "b": 0.625}
+    assert results_of(Path("nowhere.json"), ten) == []
+    Path("else.json").write_text("[]")
+    with pytest.raises(UserError, match=r"else\.json: holds no results of an evaluation"):
+        results_of(Path("else.json"), ten)
 
 
 def test_scores_to_compare_with_are_those_of_the_model_s_size():
@@ -72,7 +94,8 @@ def test_data_parallel_gives_the_same_results(model_folder, data_dir, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("benchmark ") == 1
     one = evaluate(str(model_folder), names.split(","), data_dir=data_dir, limit=21, max_new_tokens=4)
-    assert json.loads((tmp_path / "two.json").read_text())["results"] == [dataclasses.asdict(result) for result in one]
+    rows = [{"model": str(model_folder), **dataclasses.asdict(result)} for result in one]
+    assert json.loads((tmp_path / "two.json").read_text())["results"] == rows
 
 
 def test_suites_and_averages_name_benchmarks_that_are_there():

@@ -14,7 +14,7 @@ import pytest
 
 from cheaper.cli import main
 from cheaper.evaluation.results import Result, save
-from cheaper.files import read_records
+from cheaper.files import newest_checkpoint, read_records
 from cheaper.report.runs import MAX_POINTS, load_runs
 
 PROMPT = "the <script>alert(1)</script>"
@@ -103,7 +103,7 @@ def test_scores_stand_beside_the_expected_and_the_published_ones(runs, tmp_path)
         Result("gsm8k", "math_verify", 8, 1319, 0.5, 0.0138, expected=0.25, published=0.616),
         Result("<script>alert(1)</script>", "acc", 0, 20, 0.25),
     ]
-    save(tmp_path / "scored" / "evaluation.json", "runs/test/step-00000080.pt", scores)
+    save(tmp_path / "scored" / "evaluation.json", newest_checkpoint(tmp_path / "scored"), scores)
     assert main(["report", str(tmp_path / "scored")]) == 0
     page = Page(tmp_path / "scored" / "report.html")
     assert ["test", "gsm8k", "math_verify", "8", "1,319", "0.5000± 0.0138", "0.2500", "0.6160"] in page.rows
