@@ -18,7 +18,7 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from side_by_side import alternate, save, show, speed_ratio, spread
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from cheaper.config import ModelConfig
 from cheaper.data.tokenize import load_tokenizer
@@ -99,9 +99,6 @@ def write_tokenizer(folder: Path) -> None:
         show_progress=False,
     )
     engine.train_from_iterator(WORDS + [f" {word}" for word in WORDS], trainer)
-    engine.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
-    )
     folder.mkdir()
     engine.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')

@@ -23,6 +23,7 @@ from composer.utils import dist
 from torch import nn
 
 import cheaper
+from cheaper.compose import leaves
 from cheaper.config import ExpertsConfig, LatentAttentionConfig, ModelConfig, RopeScalingConfig
 from cheaper.distributed.shard_files import OPTIMIZER, RUN, fill_from_shards, is_shards, weights_in, whole_tensors
 from cheaper.distributed.sharding import set_weights
@@ -116,14 +117,31 @@ def load_weights(decoder: Decoder, path: str) -> None:
     else:
         weights, config = hf.load_weights(source), hf.load_config(source)
     check_shapes(decoder, weights, str(source))
-    for key in ("rope_theta", "rope_scaling"):
-        trained, ours = getattr(config, key), getattr(decoder.config, key)
-        if trained != ours:
-            raise UserError(f"checkpoint {source} was trained with model.{key}={trained}, the run has {ours}")
+    trained, ours = _computed_with(config), _computed_with(decoder.config)
+    for key in ours:
+        if trained.get(key) != ours[key]:
+            raise UserError(
+                f"checkpoint {source} was trained with model.{key}={trained.get(key)}, the run has {ours[key]}"
+            )
     if is_shards(source):
         fill_from_shards(decoder.state_dict(), source)
     else:
         set_weights(decoder, weights)
+
+
+# Of a model's configuration what its logits do not depend on.
+WITHOUT_EFFECT = (
+    "name",
+    "max_position_embeddings",
+    "initializer_std",
+    "use_flash_attention",
+    "experts.balancing_speed",
+)
+
+
+def _computed_with(config: ModelConfig) -> dict[str, Any]:
+    """What decides the logits of a model besides its weights, under the dotted keys of ``model``."""
+    return {key: value for key, value in leaves(dataclasses.asdict(config)) if key not in WITHOUT_EFFECT}
 
 
 def load_decoder(source: Path) -> Decoder:

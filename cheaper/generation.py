@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cheaper.errors import UserError
 from cheaper.models.decoder import Decoder
 from cheaper.models.kv_cache import KeyValueCache
 
@@ -22,6 +23,9 @@ class Sampling:
         stop_ids: Tokens that end a text.
         seed: Of the draws.
         words: Only so many, the first, may come: a model may have more than its tokenizer.
+
+    Raises:
+        UserError: A number is out of its range.
     """
 
     max_new_tokens: int = 256
@@ -30,6 +34,11 @@ class Sampling:
     stop_ids: Collection[int | None] = ()
     seed: int = 0
     words: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+            given = f"temperature={self.temperature} top_p={self.top_p} max_new_tokens={self.max_new_tokens}"
+            raise UserError(f"{given}: expected 0 or more, above 0 and up to 1, 1 or more")
 
 
 @torch.no_grad()

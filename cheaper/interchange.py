@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import tiktoken
+import tokenizers
 import torch
 import yaml
+from tokenizers import processors
 
 from cheaper.checkpoints import save_weights
 from cheaper.data.tokenize import LLAMA3_PATTERN
@@ -84,7 +86,8 @@ def import_model(model: LanguageModel, output: Path) -> None:
         UserError: The folder is there already.
     """
     with _new(output) as folder:
-        record = {"vocabulary": model.tokenizer.vocabulary, "recipe": f"imported from {model.source}"}
+        begins = {"begins_with_bos": model.begins_with_bos}
+        record = {"vocabulary": model.tokenizer.vocabulary, "recipe": f"imported from {model.source}", **begins}
         save_weights(model.decoder, folder / "step-00000000.pt", record)
         (folder / "tokenizer").mkdir()
         write_tokenizer(model, folder / "tokenizer")
@@ -132,10 +135,23 @@ def write_tokenizer(model: LanguageModel, folder: Path) -> None:
         ends.append(model.template.end_of_turn_id)
     except UserError:
         config.pop("chat_template", None)  # a model without chats
+    if model.start:
+        _begin_with(words.bos_id, folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
     ends = sorted({token for token in ends if token is not None})
     generation = {"bos_token_id": words.bos_id, "eos_token_id": ends if len(ends) > 1 else ends[0]}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def _begin_with(bos_id: int, file: Path) -> None:
+    """Makes the tokenizer in ``file`` begin its texts with BOS, if it does not."""
+    engine = tokenizers.Tokenizer.from_file(str(file))
+    if engine.encode("").ids != [bos_id]:
+        bos = engine.id_to_token(bos_id)
+        single, pair = f"{bos} $A", f"{bos} $A {bos}:1 $B:1"  # as Llama 3's does
+        begin = processors.TemplateProcessing(single=single, pair=pair, special_tokens=[(bos, bos_id)])
+        engine.post_processor = processors.Sequence([p for p in (engine.post_processor, begin) if p is not None])
+        engine.save(str(file))
 
 
 def _tokenizer_of_tiktoken(engine: tiktoken.Encoding, source: Path) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from cheaper.checkpoints import find_model, is_checkpoint, load_decoder
+from cheaper.checkpoints import find_model, is_checkpoint, load_decoder, model_record
 from cheaper.data.chat import ChatTemplate
 from cheaper.data.formats import UnusableRow
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
@@ -34,6 +34,7 @@ class LanguageModel:
         tokenizer_source: Where the tokenizer came from.
         template_name: As ``data.chat_template`` has it.
         source: The checkpoint or folder of the weights.
+        begins_with_bos: Whether BOS comes before every text, as in this package's training.
     """
 
     decoder: Decoder
@@ -41,6 +42,7 @@ class LanguageModel:
     tokenizer_source: str
     template_name: str
     source: Path
+    begins_with_bos: bool = True
 
     @functools.cached_property
     def template(self) -> ChatTemplate:
@@ -51,15 +53,19 @@ class LanguageModel:
         """
         return ChatTemplate.load(self.template_name, self.tokenizer_source, self.tokenizer)
 
+    @property
+    def start(self) -> list[int]:
+        """What comes before every text: BOS or nothing."""
+        return [self.tokenizer.bos_id] if self.begins_with_bos and self.tokenizer.bos_id is not None else []
+
     def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text after BOS, or of a chat up to the assistant's turn.
+        """Token ids of a text, after BOS if the model has one, or of a chat up to the assistant's turn.
 
         Raises:
             UserError: The chat template refuses the messages.
         """
         if isinstance(prompt, str):
-            start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-            ids = start + self.tokenizer.encode(prompt).tolist()
+            ids = self.start + self.tokenizer.encode(prompt).tolist()
             if not ids:
                 raise UserError("the prompt is empty, and the model's tokenizer has no token that begins a text")
             return ids
@@ -99,20 +105,36 @@ class LanguageModel:
         """Continues one prompt piece by piece, each as soon as its characters are whole and cannot begin a ``stop``."""
         words = self.tokenizer.vocab_size
         sampling = dataclasses.replace(sampling, stop_ids=self._stop_ids([prompt]), words=words)
-        ids: list[int] = []
-        shown, held = 0, max((len(text) for text in stop), default=1) - 1
-        text = ""
-        for (token,) in next_tokens(self.decoder, [self.encode(prompt)], sampling):
-            ids.append(token)
-            text, stopped = _until(self.tokenizer.decode(ids), stop)
+        tokens = (token for (token,) in next_tokens(self.decoder, [self.encode(prompt)], sampling))
+        text, shown, held = "", 0, max((len(text) for text in stop), default=1) - 1
+        for piece in self._pieces(tokens):
+            text, stopped = _until(text + piece, stop)
             if stopped:
                 break
-            whole = text.rstrip(UNFINISHED)
-            if len(whole) - held > shown:
-                yield whole[shown : len(whole) - held]
-                shown = len(whole) - held
+            if len(text) - held > shown:
+                yield text[shown : len(text) - held]
+                shown = len(text) - held
         if text[shown:]:
             yield text[shown:]
+
+    def _pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text that each token adds, as soon as its characters are whole.
+
+        A token may read otherwise at the beginning of a text, so each is decoded after the tokens of the piece before.
+        """
+        ids: list[int] = []
+        before = after = 0  # where the former piece and the new one begin
+        for token in tokens:
+            ids.append(token)
+            piece = self._added(ids[before:], after - before)
+            if not piece.endswith(UNFINISHED):
+                yield piece
+                before, after = after, len(ids)
+        yield self._added(ids[before:], after - before)
+
+    def _added(self, ids: list[int], known: int) -> str:
+        """What the tokens after the first ``known`` add to their text."""
+        return self.tokenizer.decode(ids)[len(self.tokenizer.decode(ids[:known])) :]
 
     def _stop_ids(self, prompts: Sequence[Prompt]) -> list[int | None]:
         is_chat = any(not isinstance(prompt, str) for prompt in prompts)
@@ -168,7 +190,8 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else decoder.output_weight.dtype)
     decoder = decoder.to(device, dtype).requires_grad_(False).eval()
-    return LanguageModel(decoder, words, tokenizer_source, template, source)
+    begins = model_record(source).get("begins_with_bos", True) if is_checkpoint(source) else words.adds_bos
+    return LanguageModel(decoder, words, tokenizer_source, template, source, begins)
 
 
 def _speaks(source: Path, tokenizer: str | None) -> tuple[str, str]:

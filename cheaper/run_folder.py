@@ -52,6 +52,7 @@ def _resume_point(config: RunConfig, newest: Path | None) -> Path:
     """
     training = config.training
     if newest:
+        _check_newest(training.checkpoint_path, newest)
         return newest
     if not training.checkpoint_path:
         raise UserError(
@@ -63,6 +64,16 @@ def _resume_point(config: RunConfig, newest: Path | None) -> Path:
     if not found:
         raise UserError(f"training.checkpoint_path {given}: there is no checkpoint to resume from")
     return found
+
+
+def _check_newest(named: str | None, newest: Path) -> None:
+    """Refuses to go on from ``newest`` where an earlier checkpoint of its run is asked for."""
+    given = Path(named or newest).resolve()
+    if given.parent == newest.parent.resolve() and given != newest.resolve():
+        raise UserError(
+            f"training.checkpoint_path {named}: {newest.parent} holds later checkpoints, up to {newest.name}; "
+            "to go back, choose another training.checkpoint_dir, or remove them"
+        )
 
 
 # Keys that may differ between a run and its continuation: they do not change what is computed.

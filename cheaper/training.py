@@ -108,10 +108,14 @@ def build_trainer(config: RunConfig) -> Trainer:
         load_ignore_keys=checkpoints.without_foreign_algorithms(algorithms),
         load_progress_bar=False,
     )
-    if resume_from and is_shards(resume_from):
-        read_shards(trainer.state, resume_from)
-    if resume_from and not trainer.state.optimizers[0].state:
-        raise UserError(f"checkpoint {resume_from}: its optimizer state does not fit this version of PyTorch")
+    try:
+        if resume_from and is_shards(resume_from):
+            read_shards(trainer.state, resume_from)
+        if resume_from and not trainer.state.optimizers[0].state:
+            raise UserError(f"checkpoint {resume_from}: its optimizer state does not fit this version of PyTorch")
+    except UserError:
+        trainer.close()
+        raise
     if dist.get_global_rank() == 0:
         run_folder.write_run_yaml(config)
     return trainer

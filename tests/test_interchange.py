@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,7 @@ def test_transformers_agrees_up_to_the_end_of_the_context(run, tmp_path, context
 def test_the_tokenizer_has_the_same_words_and_chats(run, exported):
     ours, theirs = load_model(str(run)), AutoTokenizer.from_pretrained(exported)
     for text in some_texts(20, seed=4):
+        assert theirs(text).input_ids == ours.encode(text)
         assert theirs.encode(text, add_special_tokens=False) == ours.tokenizer.encode(text).tolist()
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.tokenizer.bos_id, ours.tokenizer.eos_id)
     told = theirs.apply_chat_template(CHAT[:1], add_generation_prompt=True, tokenize=False)
@@ -107,6 +109,22 @@ def test_what_is_exported_comes_back_bit_for_bit(run, exported, tmp_path):
     assert cli.main(["export", str(tmp_path / "again"), "--to", "hf", "--output", str(tmp_path / "last")]) == 0
     for file in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "last" / file).read_bytes() == (exported / file).read_bytes(), file
+
+
+def test_texts_begin_as_the_models_own_tokenizer_begins_them(exported, tmp_path):
+    """A foreign model may name a BOS that it was not trained to see before every text, as SmolLM2 does."""
+    foreign = tmp_path / "foreign"
+    shutil.copytree(exported, foreign)
+    raw = json.loads((foreign / "tokenizer.json").read_text())
+    (foreign / "tokenizer.json").write_text(json.dumps(raw | {"post_processor": None}))
+    theirs = AutoTokenizer.from_pretrained(foreign)
+    assert theirs.bos_token_id == 0
+    assert theirs("the model").input_ids == load_model(str(foreign)).encode("the model")
+    assert load_model(str(exported)).encode("the model") == [0, *theirs("the model").input_ids]
+    assert cli.main(["import", str(foreign), "--output", str(tmp_path / "run")]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), "--to", "hf", "--output", str(tmp_path / "last")]) == 0
+    for path in ("run", "last"):
+        assert load_model(str(tmp_path / path)).encode("the model") == theirs("the model").input_ids
 
 
 def test_who_may_read_one_file_may_read_all(exported):

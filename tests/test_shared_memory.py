@@ -56,11 +56,11 @@ def test_only_the_dead_are_removed():
             (SHARED_MEMORY / name).unlink(missing_ok=True)
 
 
-def held() -> list[str]:
+def held() -> set[str]:
     """What this process has open in ``SHARED_MEMORY``, and the locks that lie beside."""
     files = (os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd"))
     locks = map(str, Path(tempfile.gettempdir()).glob("*_filelock"))
-    return sorted([*locks, *(file for file in files if file.startswith(str(SHARED_MEMORY)))])
+    return {*locks, *(file for file in files if file.startswith(str(SHARED_MEMORY)))}
 
 
 def test_a_run_that_has_ended_holds_none(corpus, tmp_path):

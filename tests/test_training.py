@@ -156,6 +156,26 @@ def test_a_checkpoint_of_another_shape_is_refused(corpus, finished, tmp_path, ca
         assert message in refusal(capsys, arguments)
 
 
+@pytest.mark.parametrize(
+    "overrides", ["qk_norm=false", "norm_eps=0.01", "num_heads=4 num_kv_heads=2 head_dim=16", "rope_scaling.factor=8"]
+)
+def test_weights_that_were_trained_otherwise_are_refused(corpus, finished, tmp_path, capsys, overrides):
+    """Tensors of the same names and shapes, from which another model would be computed."""
+    changed = [f"model.{override}" for override in overrides.split()]
+    line = refusal(capsys, corpus.arguments(tmp_path / "run", f"training.checkpoint_path={finished}", *changed))
+    assert f"was trained with {changed[0].partition('=')[0]}=" in line
+
+
+def test_an_earlier_checkpoint_of_the_folder_is_not_passed_over(corpus, finished, tmp_path, capsys):
+    earlier = sorted(finished.glob("step-*.pt"))[0]
+    arguments = (f"training.checkpoint_path={earlier}", "training.resume=true")
+    line = refusal(capsys, corpus.arguments(finished, *arguments))
+    assert f"{finished} holds later checkpoints, up to {newest_checkpoint(finished).name}" in line
+    trainer = build_trainer(load_config(corpus.arguments(tmp_path / "back", *arguments)))
+    assert f"step-{int(trainer.state.timestamp.batch):08}.pt" == earlier.name
+    trainer.close()
+
+
 def test_steps_of_another_size_are_refused(corpus, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     again = ("training.resume=true", "training.stage.batch_size_per_gpu=2")

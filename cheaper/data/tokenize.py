@@ -59,6 +59,7 @@ class Tokenizer:
         bos_id: Id that starts a document, if the vocabulary has one.
         eos_id: Id that ends a document.
         engine: What encodes.
+        adds_bos: Whether ``transformers`` begins a text with BOS when it encodes one with this tokenizer.
 
     Attributes:
         special_tokens: Id of each special token by its spelling.
@@ -71,9 +72,10 @@ class Tokenizer:
         bos_id: int | None,
         eos_id: int,
         engine: tiktoken.Encoding | tokenizers.Tokenizer,
+        adds_bos: bool = True,
     ):
         self.name, self.vocab_size, self.engine = name, vocab_size, engine
-        self.bos_id, self.eos_id = bos_id, eos_id
+        self.bos_id, self.eos_id, self.adds_bos = bos_id, eos_id, adds_bos
         if isinstance(engine, tokenizers.Tokenizer):
             engine.encode_special_tokens = True  # what text spells is text
         self.special_tokens = _special_tokens(engine)
@@ -83,7 +85,7 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Through __init__, because a pickled engine forgets encode_special_tokens.
-        return Tokenizer, (self.name, self.vocab_size, self.bos_id, self.eos_id, self.engine)
+        return Tokenizer, (self.name, self.vocab_size, self.bos_id, self.eos_id, self.engine, self.adds_bos)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of ``text``, uint32, without BOS and EOS."""
@@ -183,6 +185,7 @@ def _hugging_face(folder: Path, name: str) -> Tokenizer:
         bos_id=ids.get("bos_token"),
         eos_id=ids["eos_token"],
         engine=as_tiktoken(json.loads(content)) or engine,
+        adds_bos=engine.encode("").ids == [ids.get("bos_token")],
     )
 
 

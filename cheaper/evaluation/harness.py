@@ -110,8 +110,8 @@ class CheaperLM(TemplateLM):
         """Token ids of a chat or, after BOS, of a text."""
         if string in self._chats:
             return list(self._chats[string])
-        starts = self.words.bos_id is not None and add_special_tokens is not False
-        return [self.words.bos_id] * starts + self.words.encode(string).tolist()
+        start = [] if add_special_tokens is False else self.model.start
+        return start + self.words.encode(string).tolist()
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if context in self._chats:

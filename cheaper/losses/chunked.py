@@ -69,11 +69,11 @@ class _ChunkedLoss(torch.autograd.Function):
         # A buffer that is used again: fresh memory of this size would cost a CPU more than the arithmetic in it.
         logits_CV = hidden_ND.new_empty(min(rows, hidden_ND.shape[0]), words.number, dtype=dtype)
         with torch.autocast(device.type, enabled=False):
-            for start in range(0, hidden_ND.shape[0], rows):
+            for start in range(0, max(1, hidden_ND.shape[0]), rows):  # without tokens one chunk, whose sums are 0
                 hidden = hidden_ND[start : start + rows].to(dtype)
                 logits = torch.mm(hidden, weight.T, out=logits_CV[: hidden.shape[0]])
                 work = objective(slice(start, start + rows))
-                for first in range(0, hidden.shape[0], few):
+                for first in range(0, max(1, hidden.shape[0]), few):
                     part = slice(first, first + few)
                     parts = work(logits[part], part, needs_hidden or needs_weight)
                     sums = parts if sums is None else tuple(a + b for a, b in zip(sums, parts, strict=True))

@@ -10,6 +10,7 @@ import torch
 from cheaper.checkpoints import find_model, load_decoder
 from cheaper.compose import load_config
 from cheaper.data.convert import convert_mixture
+from cheaper.data.shared_memory import release
 from cheaper.data.tokenize import load_tokenizer
 from cheaper.files import read_records
 from cheaper.models.decoder import Decoder
@@ -84,7 +85,9 @@ def test_a_packed_row_gives_the_logits_of_its_conversations_alone(recipe, tmp_pa
     config = load_config([str(recipe), f"training.checkpoint_dir={tmp_path}"])
     config.data.num_workers = 0
     _, manifests = check_data(config)
-    batch = next(iter(build_train_data(config, manifests).dataloader))
+    loader = build_train_data(config, manifests).dataloader
+    batch = next(iter(loader))
+    release(loader.dataset)
     torch.manual_seed(0)
     decoder = Decoder(config.model)
     lengths = [length for length in batch["document_lengths"][0].tolist() if length]

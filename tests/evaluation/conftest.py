@@ -7,9 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
-from tokenizers.processors import TemplateProcessing
 
 from cheaper.config import ModelConfig
 from cheaper.data.tokenize import load_tokenizer
@@ -27,12 +25,9 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
-    """A random decoder with a tokenizer that adds BOS by itself, as Llama 3's does."""
+    """A random decoder, exported."""
     folder = tmp_path_factory.mktemp("evaluation")
     words = train_tokenizer(folder / "tokenizer", some_texts(50, seed=0))
-    engine = tokenizers.Tokenizer.from_file(str(words / "tokenizer.json"))
-    engine.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
-    engine.save(str(words / "tokenizer.json"))
     config = json.loads((words / "tokenizer_config.json").read_text())
     (words / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE}))
     torch.manual_seed(0)

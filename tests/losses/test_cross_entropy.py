@@ -28,7 +28,7 @@ def plain(hidden, weight, labels):
     return loss, ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 64])
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_equals_the_plain_loss_with_all_gradients(monkeypatch, tokens, rows):
     monkeypatch.setattr(chunked, "CHUNK_BYTES", {"cpu": rows * 4 * 101})
