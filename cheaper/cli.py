@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cheaper import cli_models
 from cheaper.compose import DEFAULT_CHOICES, load_config, to_yaml, yaml_dir
+from cheaper.config import RunConfig
 from cheaper.distributed.slurm import adopt_slurm
 from cheaper.errors import UserError, did_you_mean
 
@@ -74,6 +75,7 @@ def train(args: list[str]) -> int:
     adopt_slurm(os.environ)
     dry_run = "--dry-run" in args
     config = load_config([arg for arg in args if arg != "--dry-run"])
+    check_start(config)
     from cheaper import training  # PyTorch and Composer take seconds to import; a misspelt key is told at once
     from cheaper.callbacks.checkpointer import Stopped
     from cheaper.distributed.processes import lost_another
@@ -104,6 +106,22 @@ def train(args: list[str]) -> int:
         if not lost:  # the others would have to take part
             trainer.close()
     return status
+
+
+def check_start(config: RunConfig) -> None:
+    """Warns of a later stage that starts from random weights.
+
+    Raises:
+        UserError: The weights to start from should be on this machine and are not.
+    """
+    training, start = config.training, config.training.checkpoint_path
+    if training.resume:
+        return
+    if start and start.startswith((".", "/")) and not Path(start).exists():
+        what = "no such file or folder; train the stage before, or name other weights"
+        raise UserError(f"training.checkpoint_path {start}: {what}")
+    if not start and training.name.startswith(("midtrain", "posttrain")) and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {training.name} starts from random weights: training.checkpoint_path is none", file=sys.stderr)
 
 
 def pipeline(args: list[str]) -> int:

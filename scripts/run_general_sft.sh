@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Post-training, general SFT. Extra overrides are passed on: scripts/run_general_sft.sh model=mobilellm_950m training.checkpoint_path=…
+# Post-training, general SFT, from the weights that run_midtrain.sh left in runs/; training.checkpoint_path=… names others.
+# Extra overrides are passed on: scripts/run_general_sft.sh model=mobilellm_950m data.root=…
 set -euo pipefail
 cd "$(dirname "$0")/.."
 exec composer scripts/train.py yamls/posttrain_general_sft.yaml "$@"

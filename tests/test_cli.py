@@ -13,6 +13,10 @@ from cheaper.cli import main
         (["train", "yamls/none.yaml"], "error: recipe yamls/none.yaml: no such file"),
         (["convert", "data=sample", "data.tokenizer=/nowhere"], "error: tokenizer /nowhere: there is no"),
         (["convert", "data=sampel"], "error: data=sampel (the command line): no such data; did you mean sample?"),
+        (
+            ["train", "yamls/midtrain.yaml", "model=mobilellm_7b"],
+            "error: training.checkpoint_path ./runs/mobilellm_7b-pretrain_phase2: no such file or folder; train",
+        ),
     ],
 )
 def test_a_mistake_is_status_2_and_one_line(capsys, arguments, line):
@@ -29,6 +33,17 @@ def test_several_mistakes_are_a_line_each(capsys):
         ["error:", "model.x"],
         ["error:", "data.y"],
     ]
+
+
+def test_a_later_stage_without_weights_is_warned_of(capsys, monkeypatch):
+    stage = ["model=tiny", "data=sample", "data.tokenizer=/nowhere"]
+    for training, warned in (("midtrain", True), ("posttrain_general_sft", True), ("pretrain_phase1", False)):
+        assert main(["train", f"training={training}", *stage]) == 2
+        told = f"warning: {training} starts from random weights: training.checkpoint_path is none\n"
+        assert (told in capsys.readouterr().err) == warned
+    main(["train", "training=midtrain", *stage, "training.checkpoint_path=yamls"])
+    main(["train", "training=midtrain", *stage, "training.resume=true"])
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_help(capsys):

@@ -40,6 +40,13 @@ def test_every_recipe_composes(recipe):
     assert yaml.safe_load(to_yaml(config))["model"]["name"] == config.model.name
 
 
+def test_recipes_start_from_the_folder_of_the_stage_before():
+    stages = ("pretrain_phase1", "pretrain_phase2", "midtrain", "posttrain_general_sft", "posttrain_reasoning_sft")
+    runs = [load_config([str(yaml_dir() / f"{stage}.yaml"), "model=mobilellm_950m"]).training for stage in stages]
+    assert runs[0].checkpoint_path is None
+    assert [Path(run.checkpoint_path) for run in runs[1:]] == [Path(run.checkpoint_dir) for run in runs[:-1]]
+
+
 @pytest.mark.parametrize("phase", [1, 2])
 def test_published_mixtures(phase):
     published = {  # per cent of tokens, phases 1 and 2
