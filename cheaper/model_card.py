@@ -8,6 +8,9 @@ from typing import Any
 
 import yaml
 
+from cheaper.checkpoints import is_checkpoint
+from cheaper.evaluation.results import results_of
+from cheaper.files import newest_checkpoint
 from cheaper.models.decoder import Decoder
 
 USE = """```python
@@ -18,7 +21,13 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer
 
 
 def model_card(decoder: Decoder, source: Path, name: str) -> str:
-    """A card in Markdown, with what the run folder around the checkpoint ``source`` tells; of others only the shape."""
+    """A card in Markdown.
+
+    Args:
+        decoder: The model.
+        source: Its checkpoint, of whose run the card tells, or its folder.
+        name: Of the folder that the card lies in.
+    """
     shape, parameters = decoder.config, sum(parameter.numel() for parameter in decoder.parameters())
     context = f"a context of {shape.max_position_embeddings:,} tokens"
     lines = [
@@ -28,8 +37,10 @@ def model_card(decoder: Decoder, source: Path, name: str) -> str:
         f"{shape.vocab_size:,} words, {context} (`rope_theta` {shape.rope_theta:g}).",
         *("", USE.format(name=name), ""),
     ]
-    folder = source.parent
-    run, summary, results = (_read(folder / file) for file in ("run.yaml", "summary.json", "evaluation.json"))
+    folder = source.parent if is_checkpoint(source) else source
+    run = _read(folder / "run.yaml")
+    summary = _read(folder / "summary.json") if source == newest_checkpoint(folder) else {}  # of the end of the run
+    results = results_of(folder / "evaluation.json", source)
     if "training" in run:
         lines += ["## Training", "", *_table(_training(run, summary)), ""]
     if summary.get("mixture"):
@@ -38,7 +49,7 @@ def model_card(decoder: Decoder, source: Path, name: str) -> str:
             mixture.append((stream, f"{of['tokens']:,}", f"{of['consumed']:.2%}", f"{of['asked']:.2%}"))
         lines += ["## Data", "", *_table(mixture), ""]
     figures = [(held.removeprefix("eval/"), f"{value:.4f}") for held, value in summary.get("held_out", {}).items()]
-    figures += [(row["benchmark"], f"{row['score']:.1%}") for row in results.get("results", ())]
+    figures += [(row["benchmark"], f"{row['score']:.1%}") for row in results]
     if figures:
         lines += ["## Results", "", *_table([("", ""), *figures]), ""]
     return "\n".join(lines)

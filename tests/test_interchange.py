@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from cheaper import cli
 from cheaper.checkpoints import load_decoder, safe_load
+from cheaper.evaluation.results import Result, save
 from cheaper.generation import Sampling, continuations
 from cheaper.interchange import export_to_hf
 from cheaper.language_model import load_model
@@ -145,6 +146,26 @@ def test_the_card_says_what_made_the_model(exported):
     assert card.startswith("---\nlibrary_name: transformers\n")
     for told in ("model=tiny training=pretrain_phase1 data=small", "1,280 in 10 steps", "| a |", "70.00%"):
         assert told in card, card
+
+
+def test_the_card_has_the_scores_of_its_own_model(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    newest = load_model(str(folder)).source
+    earlier = shutil.copy(newest, folder / "step-00000005.pt")
+    for source, score in ((newest, 0.75), (earlier, 0.5)):
+        save(folder / "evaluation.json", source, [Result("sums", "acc", 0, 200, score)])
+    cards = {}
+    for name, source in (("newest", folder), ("earlier", earlier)):
+        export_to_hf(load_model(str(source)), tmp_path / name)
+        cards[name] = (tmp_path / name / "README.md").read_text()
+    assert "| sums | 75.0% |" in cards["newest"]
+    assert "1,280 in 10 steps" in cards["newest"]
+    assert "| sums | 50.0% |" in cards["earlier"]
+    assert "1,280 in 10 steps" not in cards["earlier"]  # the end of the run is not this checkpoint's
+    save(tmp_path / "newest" / "evaluation.json", tmp_path / "newest", [Result("sums", "acc", 0, 200, 1.0)])
+    export_to_hf(load_model(str(tmp_path / "newest")), tmp_path / "again")
+    assert "| sums | 100.0% |" in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_weights_may_be_written_in_another_type(run, tmp_path):
