@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cheaper import cli_models
@@ -84,10 +85,12 @@ def train(args: list[str]) -> int:
     if dry_run:
         print(to_yaml(config))
         print(table(check_memory(config)))
-        training.check_data(config)
+        with _conversion_told(args):
+            training.check_data(config)
         print("the run is sound: its shards and its tokenizer fit")
         return 0
-    trainer = training.build_trainer(config)
+    with _conversion_told(args):
+        trainer = training.build_trainer(config)
     status, lost = 0, None
     try:
         if trainer.state.timestamp >= trainer.state.max_duration:
@@ -122,6 +125,19 @@ def check_start(config: RunConfig) -> None:
         raise UserError(f"training.checkpoint_path {start}: {what}")
     if not start and training.name.startswith(("midtrain", "posttrain")) and os.environ.get("RANK", "0") == "0":
         print(f"warning: {training.name} starts from random weights: training.checkpoint_path is none", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _conversion_told(args: list[str]) -> Iterator[None]:
+    """Where shards are missing, says the whole command that makes those which ``args`` train on."""
+    from cheaper.data.streams import MissingShardsError
+
+    try:
+        yield
+    except MissingShardsError as error:
+        kept = ("data=", "data.", "training=", "training.stage.sequence_length=")
+        arguments = [arg for arg in args if arg.startswith(kept) or arg.endswith((".yaml", ".yml"))]
+        raise UserError(f"{error} {shlex.join(arguments)}") from None
 
 
 def pipeline(args: list[str]) -> int:
@@ -240,7 +256,8 @@ def cache_teacher(args: list[str]) -> int:
 
     join_processes()
     record = TeacherRecord(options.kind, options.k, options.precision)
-    cache_teacher.cache_teacher(config, record, options.only)
+    with _conversion_told(rest):
+        cache_teacher.cache_teacher(config, record, options.only)
     return 0
 
 

@@ -47,6 +47,26 @@ def test_recipes_start_from_the_folder_of_the_stage_before():
     assert [Path(run.checkpoint_path) for run in runs[1:]] == [Path(run.checkpoint_dir) for run in runs[:-1]]
 
 
+@pytest.mark.parametrize(
+    ("stage", "data"),
+    [
+        ("pretrain_phase1", "pretrain_phase1_mix"),
+        ("pretrain_phase2", "pretrain_phase2_mix"),
+        ("midtrain", "pretrain_phase1_mix"),
+        ("midtrain", "midtrain_mix"),
+        ("midtrain", "midtrain_phase2_mix"),
+        ("posttrain_general_sft", "general_sft"),
+        ("posttrain_reasoning_sft", "reasoning_sft"),
+    ],
+)
+def test_a_mixture_converted_without_naming_its_stage_fits_it(stage, data):
+    converted = load_config(["model=mobilellm_140m", "training=pretrain_phase1", f"data={data}"]).data
+    config = load_config(["model=mobilellm_950m", f"training={stage}", f"data={data}"])
+    assert (converted.root, converted.row_length) == (config.data.root, config.data.row_length)
+    whole = config.training.stage.sequence_length if data.endswith("sft") else config.data.row_length
+    assert config.data.row_length == whole  # a chat is not cut
+
+
 @pytest.mark.parametrize("phase", [1, 2])
 def test_published_mixtures(phase):
     published = {  # per cent of tokens, phases 1 and 2

@@ -196,8 +196,9 @@ def test_a_checkpoint_that_is_cut_short_or_missing_is_refused(corpus, finished, 
 
 def test_shards_that_do_not_fit_are_refused(corpus, tmp_path, capsys):
     run = tmp_path / "run"
-    line = refusal(capsys, corpus.arguments(run, f"data.root={tmp_path}/nowhere"))
-    assert line.endswith(f"data.streams.a: no shards in {tmp_path}/nowhere/a; make them with: cheaper convert")
+    line = refusal(capsys, corpus.arguments(run, f"data.root={tmp_path}/nowhere", "training.seed=3"))
+    command = f"cheaper convert {corpus.folder}/recipe.yaml data.root={tmp_path}/nowhere"
+    assert line.endswith(f"data.streams.a: no shards in {tmp_path}/nowhere/a; make them with: {command}")
     line = refusal(capsys, corpus.arguments(run, "training.stage.sequence_length=64"))
     assert "has rows of 32 tokens, which cannot be cut into 64, training.stage.sequence_length" in line
     line = refusal(capsys, corpus.arguments(run, "model.vocab_size=300"))

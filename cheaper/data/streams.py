@@ -46,6 +46,10 @@ from cheaper.models.decoder import count_targets
 MOST_EPOCH_ROWS = 1 << 23  # whose order is in memory at once; 17 billion tokens in rows of 2,048
 
 
+class MissingShardsError(UserError):
+    """Shards are not there. The message ends with the command that makes them, without its arguments."""
+
+
 def mixed_streams(data: DataConfig) -> list[str]:
     """Names of the streams that take part: those whose proportion is not 0."""
     return [name for name, stream in data.streams.items() if stream.proportion != 0]
@@ -237,7 +241,8 @@ def check_shards(
             manifests[name] = manifest.cut_into(sequence_length)
         except ValueError as error:
             told = f"{folder} has {error}, training.stage.sequence_length"
-            raise UserError(f"data.streams.{name}: {told}; convert again into another data.root") from None
+            hint = f"convert and train with data.row_length={sequence_length}, into another data.root"
+            raise UserError(f"data.streams.{name}: {told}; {hint}") from None
         if manifest.chat_template and manifest.packing != data.packing:
             raise UserError(
                 f"data.streams.{name}: {folder} was made with data.packing={manifest.packing}, the run has "
@@ -257,7 +262,9 @@ def _read_manifest(name: str, folder: str) -> Manifest:
                 CloudDownloader.direct_download(f"{folder}/manifest.json", str(path))
             return Manifest.read(path)
         except FileNotFoundError:
-            raise UserError(f"data.streams.{name}: no shards in {folder}; make them with: cheaper convert") from None
+            raise MissingShardsError(
+                f"data.streams.{name}: no shards in {folder}; make them with: cheaper convert"
+            ) from None
 
 
 def _check_sizes(name: str, folder: Path) -> None:
