@@ -81,7 +81,7 @@ FREE = ("run_name", "logging", "distributed", "data.root", "data.cache", "data.n
 FREE += ("training.checkpoint_path", "training.checkpoint_dir", "training.checkpoint_interval", "training.samples")
 FREE += ("training.stage.batch_size_per_gpu", "training.stage.gradient_accumulation_steps")  # see check_same_steps
 FREE += ("training.keep_checkpoints", "training.expected", "model.use_flash_attention", "data.trust_remote_code")
-FREE += ("training.compile", "training.profile", "training.benchmarks")
+FREE += ("training.compile", "training.profile", "training.benchmarks", "training.eval_interval", "training.targets")
 
 
 def _check_same_run(config: RunConfig, saved: Path) -> None:

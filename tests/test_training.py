@@ -182,7 +182,8 @@ def test_steps_of_another_size_are_refused(corpus, finished, tmp_path, capsys):
     line = refusal(capsys, corpus.arguments(tmp_path / "run", *again))
     assert "a step has 2 rows over all processes, the run to resume had 4" in line
     same = "training.stage.gradient_accumulation_steps=2"
-    assert cli.main(["train", *corpus.arguments(tmp_path / "run", *again, same)]) == 0  # it had finished
+    watched = ("training.eval_interval=5", "training.targets=[loss/train < 99]")
+    assert cli.main(["train", *corpus.arguments(tmp_path / "run", *again, same, *watched)]) == 0  # it had finished
 
 
 def test_a_checkpoint_that_is_cut_short_or_missing_is_refused(corpus, finished, tmp_path, capsys):
