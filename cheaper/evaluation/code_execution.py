@@ -1,7 +1,7 @@
 """Programs that a model wrote, run in a sandbox: see ``sandbox.py`` for what they may do there.
 
-No network, no writing but into an empty folder in memory, no files of homes, an empty environment, limits of time,
-memory, processes and files. They can import what Python finds outside of virtual environments.
+No network, no files but Python, the system's libraries and an empty folder in memory, an empty environment, limits of
+time, memory, processes and files. They can import what Python finds outside of virtual environments.
 """
 
 from __future__ import annotations
@@ -64,15 +64,18 @@ def execute(program: str, inputs: Sequence[str] = ("",), seconds: float = SECOND
             text=True,
             timeout=(seconds + 1) * len(inputs) + START,
             cwd="/",
+            start_new_session=True,
         )
     except FileNotFoundError:
         raise UserError("--execute_code: there is no unshare, which util-linux has, to run programs with") from None
     except subprocess.TimeoutExpired:
         return [Run(None, "")]
-    if done.returncode:
+    if "started" not in done.stdout:
         why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         raise UserError(f"--execute_code: this machine makes no sandbox for programs ({why[:120]})")
-    return [Run(**run) for run in json.loads(done.stdout)]
+    if done.returncode:  # the program broke the sandbox, which is its failure
+        return [Run(done.returncode, "")]
+    return [Run(**run) for run in json.loads(done.stdout.splitlines()[-1])]
 
 
 @functools.cache

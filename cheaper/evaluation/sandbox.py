@@ -1,6 +1,7 @@
 """Runs a program on inputs where it can do no harm. ``code_execution`` starts this file in namespaces of its own.
 
-It needs nothing but the standard library. It is the first process of its namespace: when it ends, all others do.
+It needs nothing but the standard library. It is the first process of its namespace: when it ends, all others do, and
+signals from there do not reach it unless it has a handler.
 """
 
 import contextlib
@@ -13,19 +14,27 @@ import signal
 import subprocess
 import sys
 
-HIDDEN = ("/tmp", "/var/tmp", "/root", "/home", "/run", "/dev/shm")  # other people's files and sockets
+SHOWN = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache")  # libraries are there
+SHOWN += tuple(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom"))
+ROOT = "/tmp"  # where the new one is made
 PYTHON = "/run/python"  # the interpreter's new place: the old one may be in somebody's home
 PROCESSES, FILES, FILE_BYTES, FOLDER_BYTES = 32, 64, 16 << 20, 64 << 20
 NOBODY = 65534
-MS_BIND, MS_REC = 4096, 16384
+MS_BIND, MS_REC, MNT_DETACH, CLONE_NEWUSER = 4096, 16384, 2, 0x10000000
 SYS_MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
+SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 PR_SET_NO_NEW_PRIVS, PR_CAPBSET_DROP, CAPABILITIES = 38, 24, 64
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(prefix, executable, is_root, seconds, memory):
-    """Reads the program and its inputs as JSON; prints for each input the status, None after time, and the output."""
+    """Reads the program and its inputs as JSON.
+
+    Prints a line at each start of the program, and then for each input the status, None after time, and the output.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler would let the program end this process
+    os.umask(0o022)
     job = json.load(sys.stdin)
     isolate(prefix)
     program = "/tmp/program.py"
@@ -40,17 +49,30 @@ def main(prefix, executable, is_root, seconds, memory):
 
 
 def isolate(prefix):
-    """Makes all files read-only, hides some, and leaves an empty /tmp; nobody outside of the namespace sees that."""
-    folders = [folder for folder in HIDDEN if os.path.isdir(folder)]
-    python = os.open(prefix, os.O_PATH)  # it may be in a hidden folder
-    for folder in folders:
-        mount("tmpfs", folder, "tmpfs")
-    os.mkdir(PYTHON, 0o755)
-    mount(f"/proc/self/fd/{python}", PYTHON, None, MS_BIND | MS_REC)
+    """Leaves what Python needs, read-only, and an empty /tmp; nobody outside of the namespace sees that."""
+    python = os.open(prefix, os.O_PATH)  # it may be where the new root is made
+    mount("tmpfs", ROOT, "tmpfs")
+    for path in SHOWN:
+        show(path, ROOT + path)
+    show(f"/proc/self/fd/{python}/.", ROOT + PYTHON)
     os.close(python)
+    os.mkdir(f"{ROOT}/tmp")
+    os.chdir(ROOT)
+    check(libc.syscall(SYS_PIVOT_ROOT[os.uname().machine], b".", b"."))
+    check(libc.umount2(b".", MNT_DETACH))  # the old root, which lies on the new one
     read_only = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     check(libc.syscall(SYS_MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, read_only, ctypes.sizeof(read_only)))
     mount("tmpfs", "/tmp", "tmpfs", 0, f"size={FOLDER_BYTES}")
+
+
+def show(path, place):
+    """Makes a file, folder or link be at another place too."""
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    if os.path.islink(path):
+        os.symlink(os.readlink(path), place)
+    elif os.path.exists(path):
+        os.mkdir(place) if os.path.isdir(path) else open(place, "w").close()
+        mount(path, place, None, MS_BIND | MS_REC)
 
 
 def mount(source, target, kind, flags=0, data=None):
@@ -78,7 +100,9 @@ def run(command, folder, text, is_root, seconds, memory):
             cwd=folder,
             env={"LD_LIBRARY_PATH": f"{PYTHON}/lib"},
             preexec_fn=lambda: restrict(is_root, seconds, memory),
+            start_new_session=True,  # signals to the program's group are to reach nobody else
         )
+        print("started", flush=True)
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -91,6 +115,11 @@ def run(command, folder, text, is_root, seconds, memory):
 
 def restrict(is_root, seconds, memory):
     """Limits this process and those it will start, and gives up every privilege for good."""
+    if is_root:  # whom no limit on processes holds
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        check(libc.unshare(CLONE_NEWUSER))  # or the processes of all sandboxes would count as one user's
     limits = {
         resource.RLIMIT_AS: memory,
         resource.RLIMIT_CPU: int(seconds) + 1,
@@ -103,10 +132,6 @@ def restrict(is_root, seconds, memory):
         resource.setrlimit(kind, (limit, limit))
     for capability in range(CAPABILITIES):
         libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
-    if is_root:  # whom no limit on processes holds
-        os.setgroups([])
-        os.setresgid(NOBODY, NOBODY, NOBODY)
-        os.setresuid(NOBODY, NOBODY, NOBODY)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 
 

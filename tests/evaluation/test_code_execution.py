@@ -1,20 +1,31 @@
 """What programs can do in the sandbox, and what not."""
 
+import functools
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
 from cheaper.errors import UserError
 from cheaper.evaluation import code_execution
-from cheaper.evaluation.code_execution import Run, check_sandbox, execute, passes
+from cheaper.evaluation.code_execution import Run, execute, passes
+
+NOBODY = 65534
 
 
-@pytest.fixture(scope="module", autouse=True)
-def sandbox():
+@pytest.fixture(autouse=True, params=["the caller", "nobody"])
+def caller(request, monkeypatch):
+    """Whoever runs the tests, and where that is root also somebody who is not."""
+    if request.param == "nobody" and os.getuid() == 0:
+        become = functools.partial(subprocess.run, user=NOBODY, group=NOBODY, extra_groups=[])
+        monkeypatch.setattr(code_execution.subprocess, "run", become)
+        monkeypatch.setattr(code_execution.os, "getuid", lambda: NOBODY)
+        monkeypatch.setattr(code_execution.sys, "executable", "/usr/bin/python3")  # root's own may be in root's home
+        monkeypatch.setattr(code_execution.sys, "base_prefix", "/usr")
     try:
-        check_sandbox()
+        execute("")
     except UserError as error:
         pytest.skip(str(error))
 
@@ -72,10 +83,13 @@ def test_files_are_limited():
     assert len(execute("while True: print('x' * 1000)")[0].output) <= 16 << 20
 
 
-def test_the_environment_and_the_home_are_hidden(monkeypatch):
+def test_the_environment_and_the_home_and_the_checkout_are_hidden(monkeypatch, tmp_path):
     monkeypatch.setenv("SECRET", "1")
-    program = "import os\nprint(os.environ.get('SECRET'), os.listdir(os.path.expanduser('~')))"
-    assert execute(program)[0].output in ("None []\n", "")  # or there is no home at all
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "secret").write_text("told")
+    hidden = [f"{tmp_path}/secret", __file__, "/etc/passwd", f"/proc/{os.getpid()}/cmdline"]
+    seen = f"print([path for path in {hidden} if os.path.exists(path)], os.environ.get('SECRET'))"
+    assert execute(f"import os\n{seen}") == [Run(0, "[] None\n")]
 
 
 def programs_left() -> list[psutil.Process]:
@@ -93,6 +107,27 @@ def test_processes_are_limited_and_none_is_left():
 def test_a_fork_bomb_ends():
     assert execute("import os\nwhile True: os.fork()", seconds=1)[0].status != 0
     assert not programs_left()
+
+
+def test_each_sandbox_has_processes_of_its_own():
+    program = "import threading, time\nthreading.Thread(target=time.sleep, args=[4]).start()\nprint(1)"
+    with ThreadPoolExecutor(40) as threads:
+        runs = list(threads.map(lambda _: execute(program, seconds=60), range(40)))
+    assert runs == [[Run(0, "1\n")]] * 40
+
+
+def test_signals_stay_in_the_sandbox():
+    with subprocess.Popen(["sleep", "60"], user=NOBODY if os.geteuid() == 0 else None) as bystander:
+        assert execute("import os\nos.kill(0, 15)") == [Run(-15, "")]
+        assert bystander.poll() is None
+        bystander.kill()
+    program = "import os\nfor signal in range(1, 32):\n  try: os.kill(1, signal)\n  except PermissionError: pass"
+    assert execute(program) == [Run(0, "")]
+
+
+def test_a_program_that_breaks_its_sandbox_has_failed():
+    program = "import resource\nresource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))"
+    assert execute(program, ["", ""]) == [Run(1, "")]
 
 
 def test_a_program_has_no_privileges():
