@@ -9,6 +9,7 @@ import pickle
 import re
 import zlib
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import datasets
@@ -26,12 +27,14 @@ from heapq import *
 from itertools import *
 from math import *
 from typing import *
+from builtins import *  # math's pow has no modulus
 sys.setrecursionlimit(50_000)
 """
 CALL = """
 import json as _json, sys as _sys
-print(_json.dumps(Solution().{name}(*map(_json.loads, filter(None, _sys.stdin.read().split("\\n"))))))
+print("\\n{mark}" + _json.dumps(Solution().{name}(*map(_json.loads, filter(None, _sys.stdin.read().split("\\n"))))))
 """
+MARK = "value: "  # what a solution returns is told from what it prints
 SECONDS = 6.0  # of each test of a contest
 
 
@@ -94,7 +97,7 @@ def solves(doc: dict[str, Any], code: str) -> bool:
         return False
     tests = test_cases(doc["public_test_cases"]) + test_cases(doc["private_test_cases"])
     by_call = tests[0]["testtype"] == "functional"
-    end = CALL.format(name=json.loads(doc["metadata"])["func_name"]) if by_call else ""
+    end = CALL.format(mark=MARK, name=json.loads(doc["metadata"])["func_name"]) if by_call else ""
     runs = execute(IMPORTS + code + end, [test["input"] for test in tests], SECONDS)
     same = _same_value if by_call else _same_text
     return len(runs) == len(tests) and all(
@@ -115,9 +118,12 @@ class _TextOnly(pickle.Unpickler):
 
 
 def _same_value(output: str, expected: str) -> bool:
-    """Whether the last line printed is the value expected, as JSON."""
-    lines = output.splitlines()
-    return bool(lines) and json.loads(lines[-1]) == json.loads(expected)
+    """Whether the value behind the mark is the one expected, as JSON."""
+    value = output.rpartition(f"\n{MARK}")[2].partition("\n")[0]
+    try:
+        return json.loads(value) == json.loads(expected)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _same_text(output: str, expected: str) -> bool:
@@ -130,8 +136,8 @@ def _same_words(ours: list[str], theirs: list[str]) -> bool:
     if ours == theirs:
         return True
     try:
-        return [float(word) for word in ours] == [float(word) for word in theirs]
-    except ValueError:
+        return [Decimal(word) for word in ours] == [Decimal(word) for word in theirs]
+    except InvalidOperation:
         return False
 
 

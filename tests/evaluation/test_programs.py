@@ -88,6 +88,35 @@ def test_problems_of_a_function():
     assert starter in livecodebench_question(doc)
 
 
+@pytest.mark.parametrize(
+    ("body", "right"),
+    [
+        ("print('dbg', end=' ')\n        return pow(x, 2, 5)", True),
+        ("print('value: 1')\n        return 2", False),
+        ("print('dbg')\n        exit()", False),
+        ("sys.stdout.write('\\nvalue: ' + '[' * 100_000)\n        exit()", False),
+    ],
+)
+def test_what_a_function_prints_is_not_its_value(body, right):
+    tests = [{"input": "4", "output": "1", "testtype": "functional"}]
+    answer = f"```python\nclass Solution:\n    def rest(self, x):\n        {body}\n```"
+    assert livecodebench([[answer]], [problem(tests, json.dumps(tests), "class", {"func_name": "rest"})]) == [[right]]
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "right"),
+    [
+        ("1000000000000000001", "1000000000000000000", False),
+        ("0.50 1e3", "0.5 1000", True),
+        ("Yes 1.0", "Yes 1", False),
+        ("sNaN", "1", False),
+    ],
+)
+def test_numbers_are_compared_to_the_last_digit(printed, expected, right):
+    tests = [{"input": "", "output": expected, "testtype": "stdin"}]
+    assert livecodebench([[f"```\nprint({printed!r})\n```"]], [problem(tests, "[]")]) == [[right]]
+
+
 def test_private_tests_cannot_run_code():
     class Harmful:
         def __reduce__(self):
