@@ -35,7 +35,7 @@ class Benchmark:
         chat: Whether the chat template is applied.
         max_new_tokens: Of an answer; ``None`` for the task's own number.
         samples: Answers drawn to each question; ``None`` for one, or the task's own number.
-        temperature: Of the draws.
+        temperature: Of the draws; 0 takes the most likely token each time.
         top_p: The mass of the most likely words that are drawn from.
         expected: The specification's scores by size of the model.
         published: MobileLLM-R1's scores by size of the model.

@@ -76,8 +76,7 @@ def livecodebench_question(doc: dict[str, Any]) -> str:
         how = f"Complete this code:\n```python\n{doc['starter_code']}\n```"
     else:
         how = "Read from standard input and write to standard output."
-    end = "End with the whole program in a ```python block."
-    return f"{doc['question_content']}\n\nSolve this problem in Python. {how}\n{end}"
+    return f"{doc['question_content']}\n\n{how}"
 
 
 def code_block(text: str) -> str:

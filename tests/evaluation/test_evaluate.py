@@ -168,9 +168,29 @@ def test_right_answers_score(model_folder, tmp_path, monkeypatch):
     (result,) = evaluate(str(model_folder), ["aime25"], data_dir=tmp_path, samples=4)
     assert (result.score, result.samples) == (0.5, 2)
     context, settings = asked[0]
-    assert context.startswith("<s>user: 1 + 1?")
-    assert context.endswith("assistant: ")
-    assert (settings["do_sample"], settings["temperature"], settings["max_gen_toks"]) == (True, 0.6, 32_768)
+    how = "Please reason step by step, and put your final answer within \\boxed{}."
+    assert context == f"<s>system: {how}</s>user: 1 + 1?</s>assistant: "
+    assert (settings["do_sample"], settings["temperature"], settings["max_gen_toks"]) == (True, 0.6, 30_000)
+
+
+def test_the_final_suite_draws_as_the_paper_does():
+    found = {one.name: (one.samples, one.temperature, one.top_p) for one in find_benchmarks(["final"])}
+    once, aime = (None, 0.6, 0.95), (64, 0.6, 0.95)
+    mathematics = {"math500_chat": once, "gsm8k_chat": once, "aime24": aime, "aime25": aime}
+    assert found == mathematics | {"livecodebench": (16, 0.6, 0.95)}
+
+
+def test_programs_score_a_mean_over_draws(model_folder, tmp_path, monkeypatch):
+    tests = [{"input": "1", "output": "2", "testtype": "stdin"}]
+    doc = {"question_content": "Double.", "starter_code": "", "public_test_cases": json.dumps(tests)}
+    doc |= {"private_test_cases": "[]", "metadata": "{}"}
+    write(tmp_path / "livecodebench/code_generation_lite/release_v6/test", [doc])
+    answers = iter(["```python\nprint(2)\n```", "```python\nprint(3)\n```"] * 2)
+    monkeypatch.setattr(
+        "cheaper.evaluation.harness.CheaperLM._continue", lambda self, contexts, *_: [next(answers) for _ in contexts]
+    )
+    (result,) = evaluate(str(model_folder), ["livecodebench"], data_dir=tmp_path, samples=4, execute_code=True)
+    assert (result.score, result.samples, result.settings["draws"]) == (0.5, 1, 4)
 
 
 def test_shots_are_worked_examples(data_dir, tmp_path):
