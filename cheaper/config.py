@@ -179,9 +179,11 @@ class TrainingConfig:
 
 @dataclass
 class SourceConfig:
-    """Where the raw rows of one stream come from: exactly one of ``path`` and ``dataset``."""
+    """Where the raw rows of one stream come from: exactly one of ``path``, ``listed_in`` and ``dataset``."""
 
-    path: str | None = None  # file, folder or glob: JSONL (.gz .zst .bz2), Parquet, text
+    # File, folder or glob: JSONL (.gz .zst .bz2), Parquet, text. A file or glob may be a URL, such as hf://datasets/….
+    path: str | None = None
+    listed_in: str | None = None  # text file or its URL that names such files or URLs, one a line
     dataset: str | None = None  # Hugging Face dataset id
     subset: str | None = None  # its configuration name
     data_dir: str | None = None  # folder inside the dataset repository

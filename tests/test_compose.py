@@ -112,6 +112,15 @@ def test_published_mixtures_of_mid_training(phase):
     assert sum(benchmarks) == pytest.approx(0 if phase == 1 else 0.97)
 
 
+@pytest.mark.parametrize("path", sorted((yaml_dir() / "data").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_stream_has_one_source_without_a_script(path):
+    scripted = ("togethercomputer/RedPajama-Data-1T", "EleutherAI/proof-pile-2", "allenai/peS2o", "ybisk/piqa")
+    for stream in load_config(["model=tiny", "training=pretrain_phase1", f"data={path.stem}"]).data.streams.values():
+        source = stream.source
+        assert [source.path, source.listed_in, source.dataset].count(None) == 2
+        assert source.dataset not in scripted
+
+
 def test_the_later_stages_have_the_values_of_the_specification():
     stages = {}
     for stage in ("midtrain", "posttrain_general_sft", "posttrain_reasoning_sft"):

@@ -115,7 +115,8 @@ def convert_stream(
     manifest = _new_manifest(stream, data, maker)
     if part != slice(None):
         manifest.source |= {"files": [part.start, part.stop]}
-    if earlier := _earlier_manifest(folder, remote):
+    earlier = _earlier_manifest(folder, remote)
+    if earlier and (earlier.complete or earlier.shards):  # nothing else would be lost
         for key, now in manifest.made_from().items():
             if earlier.made_from()[key] != now:
                 was = f"was made with {key} {earlier.made_from()[key]}, now it is {now}"
@@ -128,7 +129,9 @@ def convert_stream(
     source = Source(stream.source, name, part)
     if manifest.shards and manifest.source_bytes != source.total_bytes:
         was = f"had {manifest.source_bytes} bytes when the conversion into {folder} began, now {source.total_bytes}"
-        raise UserError(f"data.streams.{name}: {stream.source.path} {was}; choose another data.root")
+        raise UserError(
+            f"data.streams.{name}: {stream.source.path or stream.source.listed_in} {was}; choose another data.root"
+        )
     manifest.source_bytes = source.total_bytes
     try:
         with (
@@ -394,7 +397,7 @@ def _write(
         first = file.readline()
         skipped = bool(first) + sum(1 for _ in file)
     if not writer.rows:
-        where = manifest.source["path"] or manifest.source["dataset"]
+        where = next(filter(None, map(manifest.source.get, ("path", "listed_in", "dataset"))))
         reason = (
             f"all {skipped} rows were skipped, the first: {json.loads(first)['reason']}" if first else "it is empty"
         )

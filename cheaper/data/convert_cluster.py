@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cheaper.config import DataConfig, StreamConfig
 from cheaper.data.convert import chosen, convert_stream
 from cheaper.data.manifest import MANIFEST, Manifest
-from cheaper.data.sources import Source
+from cheaper.data.sources import Source, file_size
 from cheaper.data.tokenize import load_tokenizer
 from cheaper.errors import UserError
 from cheaper.files import write_atomically
@@ -82,7 +82,7 @@ def parts_of(name: str, stream: StreamConfig) -> list[slice]:
     parts, begin, size = [], 0, 0
     files = Source(stream.source, name).files
     for number, file in enumerate(files):
-        size += os.path.getsize(file)
+        size += file_size(file)
         if size >= PART_BYTES or number == len(files) - 1:
             parts.append(slice(begin, number + 1))
             begin, size = number + 1, 0

@@ -107,4 +107,5 @@ class Manifest:
         """What must be equal for two conversions to be the same."""
         names = ("tokenizer_fingerprint", "sequence_length", "source", "format", "field")
         names += ("chat_template", "packing", "too_long")
-        return {name: getattr(self, name) for name in names}
+        given = {key: value for key, value in self.source.items() if value is not None}  # versions know other keys
+        return {**{name: getattr(self, name) for name in names}, "source": given}

@@ -1,4 +1,4 @@
-"""Raw rows, read as a stream: JSONL (plain, gz, zst, bz2), Parquet, text files, Hugging Face datasets.
+"""Raw rows, read as a stream: JSONL (plain, gz, zst, bz2), Parquet and text, here or at a URL; Hugging Face datasets.
 
 Rows leave here undecoded where decoding costs something (a line of JSON stays bytes), because this runs in one process
 and what follows in many.
@@ -12,12 +12,12 @@ import gzip
 import io
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import fsspec
 import zstandard
 
 from cheaper.config import SourceConfig
@@ -32,6 +32,7 @@ OPENERS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
 }
 JSONL = (".jsonl", ".ndjson", ".json")
 TEXT = (".txt", ".text", ".md", ".rst")
+KNOWN = (*(kind + compression for kind in JSONL for compression in OPENERS), ".parquet", *TEXT)
 KINDS = f"{', '.join(JSONL)} (plain, .gz, .zst or .bz2), .parquet, {', '.join(TEXT)}"
 
 
@@ -68,7 +69,7 @@ class Source:
     """The rows of one stream, always in the same order.
 
     Args:
-        config: A path (file, folder or glob) or a Hugging Face dataset.
+        config: Files (one, a folder, a glob, a list) or a Hugging Face dataset.
         name: The key of the stream, for messages.
         part: Which of the files to read, in their order.
 
@@ -77,11 +78,12 @@ class Source:
     """
 
     def __init__(self, config: SourceConfig, name: str, part: slice = slice(None)):
-        if bool(config.path) == bool(config.dataset):
-            raise UserError(f"data.streams.{name}.source: expected exactly one of path and dataset")
+        if [config.path, config.listed_in, config.dataset].count(None) != 2:
+            raise UserError(f"data.streams.{name}.source: expected exactly one of path, listed_in and dataset")
         self.config, self.name = config, name
-        self.files = _files(config.path, name)[part] if config.path else []
-        self.total_bytes = sum(os.path.getsize(file) for file in self.files) or None
+        files = _listed(config.listed_in, name) if config.listed_in else []
+        self.files = (_files(config.path, name) if config.path else files)[part]
+        self.total_bytes = sum(map(self._size, self.files)) or None
         self._read_before = 0
         self._open: BinaryIO | None = None
 
@@ -99,43 +101,52 @@ class Source:
                 yield self._text(file)
             else:
                 yield from self._lines(file)
-            self._read_before, self._open = self._read_before + os.path.getsize(file), None
+            self._read_before, self._open = self._read_before + self._size(file), None
 
     def _lines(self, file: str) -> Iterator[RawRow]:
         compression = next((suffix for suffix in OPENERS if suffix and file.endswith(suffix)), "")
         try:
-            with open(file, "rb") as self._open:
+            with open_file(file) as self._open:
                 stream = _buffered(OPENERS[compression](self._open))
                 if b"\0" in stream.peek(4096)[:4096]:
                     raise UserError(f"data.streams.{self.name}: {file} is a binary file, expected lines of JSON")
                 for number, line in enumerate(stream):
                     if not line.isspace():
                         yield RawRow(line, file, number)
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # of the file system, a decompressor or a library for URLs
             raise self._unreadable(file, error) from None
 
     def _text(self, file: str) -> RawRow:
         try:
-            return RawRow(Path(file).read_bytes(), file, 0, is_text=True)
-        except OSError as error:
+            with open_file(file) as opened:
+                return RawRow(opened.read(), file, 0, is_text=True)
+        except Exception as error:  # of the file system or a library for URLs
+            raise self._unreadable(file, error) from None
+
+    def _size(self, file: str) -> int:
+        try:
+            return file_size(file)
+        except Exception as error:  # of the file system or a library for URLs
             raise self._unreadable(file, error) from None
 
     def _unreadable(self, file: str, error: Exception) -> UserError:
-        return UserError(f"data.streams.{self.name}: {file} cannot be read to its end ({error})")
+        return UserError(f"data.streams.{self.name}: {file} cannot be read to its end ({_reason(error)})")
 
     def _parquet_rows(self, file: str) -> Iterator[RawRow]:
-        import pyarrow
         import pyarrow.parquet
 
         try:
             number = 0
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    yield RawRow(row, file, number)
-                    number += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"data.streams.{self.name}: {file} is not a whole Parquet file ({reason})") from None
+            with open_file(file) as opened:
+                for batch in pyarrow.parquet.ParquetFile(opened).iter_batches(batch_size=256):
+                    for row in batch.to_pylist():
+                        yield RawRow(row, file, number)
+                        number += 1
+        except Exception as error:  # of Arrow, the file system or a library for URLs
+            told = f"{file} is not a whole Parquet file ({_reason(error)})"
+            raise UserError(f"data.streams.{self.name}: {told}") from None
 
     def _dataset_rows(self) -> Iterator[RawRow]:
         import datasets
@@ -147,8 +158,10 @@ class Source:
             )
             for number, row in enumerate(rows):
                 yield RawRow(row, config.dataset, number)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).split())[:160]
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+            reason = _reason(error)
+            if "scripts are no longer supported" in reason:
+                reason += "; name its files instead: source.path=hf://datasets/…"
             raise UserError(f"data.streams.{self.name}: dataset {config.dataset} cannot be read ({reason})") from None
 
 
@@ -158,19 +171,61 @@ def _buffered(stream: BinaryIO) -> io.BufferedReader:
     return stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(stream, 1 << 20)
 
 
+def _reason(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+
+
+def open_file(file: str) -> BinaryIO:
+    """A file on this machine or at a URL, to read."""
+    if "://" not in file:
+        return open(file, "rb")
+    file_system, path = fsspec.url_to_fs(file)
+    return file_system.open(path, "rb")
+
+
+def file_size(file: str) -> int:
+    """Bytes of a file on this machine or at a URL; 0 where a server does not say."""
+    if "://" not in file:
+        return os.path.getsize(file)
+    file_system, path = fsspec.url_to_fs(file)
+    return file_system.size(path) or 0
+
+
+def _listed(path: str, name: str) -> list[str]:
+    """The files that a text file names, in its order."""
+    try:
+        with open_file(path) as opened:
+            lines = opened.read().decode().splitlines()
+    except Exception as error:  # of the file system or a library for URLs
+        raise UserError(f"data.streams.{name}: {path} cannot be read ({_reason(error)})") from None
+    return [file for line in lines if line.strip() for file in _files(line.strip(), name)]
+
+
+def _matching(pattern: str, name: str) -> list[str]:
+    """The files at a path, URL or glob, sorted."""
+    if "://" not in pattern:
+        return sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
+    if not glob.has_magic(pattern):
+        return [pattern]
+    try:
+        file_system, path = fsspec.url_to_fs(pattern)
+        return sorted(map(file_system.unstrip_protocol, file_system.glob(path)))
+    except Exception as error:  # of a library for URLs
+        raise UserError(f"data.streams.{name}: {pattern} cannot be listed ({_reason(error)})") from None
+
+
 def _files(pattern: str, name: str) -> list[str]:
-    """The files at a path or glob, sorted; below a folder those of a known kind."""
+    """The files at a path, URL or glob, sorted; below a folder those of a known kind."""
     path = Path(pattern)
-    known = (*(kind + compression for kind in JSONL for compression in OPENERS), ".parquet", *TEXT)
     if path.is_dir():
-        files = sorted(str(file) for file in path.rglob("*") if file.is_file() and file.name.endswith(known))
+        files = sorted(str(file) for file in path.rglob("*") if file.is_file() and file.name.endswith(KNOWN))
         if not files:
             raise UserError(f"data.streams.{name}: folder {pattern} holds no file of a known kind: {KINDS}")
         return files
-    files = sorted(file for file in glob.glob(pattern, recursive=True) if os.path.isfile(file))
+    files = _matching(pattern, name)
     if not files:
         raise UserError(f"data.streams.{name}: there is no {pattern}")
     for file in files:
-        if not file.endswith(known):
+        if not file.endswith(KNOWN):
             raise UserError(f"data.streams.{name}: {file} is of no known kind: {KINDS}")
     return files

@@ -41,7 +41,8 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def mixture(tmp_path, tokenizer_folder):
     def make(path=None, root="mds", **stream) -> DataConfig:
-        source = SourceConfig(path=str(path) if path else None, dataset=stream.pop("dataset", None))
+        others = {key: stream.pop(key, None) for key in ("listed_in", "dataset")}
+        source = SourceConfig(path=str(path) if path else None, **others)
         streams = {"s": StreamConfig(proportion=1.0, source=source, **stream)}
         return DataConfig(name="m", root=str(tmp_path / root), tokenizer=str(tokenizer_folder), streams=streams)
 
@@ -130,7 +131,9 @@ def test_shards_are_the_same_bytes_whatever_the_number_of_workers(mixture, tmp_p
 OPEN = {"": open, ".gz": gzip.open, ".bz2": bz2.open, ".zst": zstandard.open}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.zst", "parquet", "txt", "dataset", "glob"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "jsonl.gz", "jsonl.bz2", "jsonl.zst", "parquet", "txt", "dataset", "glob", "url", "list"]
+)
 def test_every_kind_of_source(mixture, tmp_path, tokenizer_folder, kind):
     texts = some_texts(20, seed=3)
     raw = tmp_path / "raw"
@@ -153,6 +156,14 @@ def test_every_kind_of_source(mixture, tmp_path, tokenizer_folder, kind):
                 "".join(lines.splitlines(keepends=True)[part * 10 : part * 10 + 10])
             )
         path = raw / "part-*.jsonl"
+    elif kind in ("url", "list"):
+        with gzip.open(raw / "0.jsonl.gz", "wt") as file:
+            file.writelines(lines.splitlines(keepends=True)[:10])
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts[10:]}), raw / "1.parquet")
+        path = f"file://{raw}/[0-9].*"
+        if kind == "list":
+            (tmp_path / "list.txt").write_text(f"{raw}/0.jsonl.gz\n\nfile://{raw}/1.parquet\n")
+            path, stream = None, {"listed_in": f"file://{tmp_path}/list.txt"}
     else:
         (raw / "train.jsonl").write_text(lines)
         path, stream = None, {"dataset": str(raw)}
@@ -365,13 +376,41 @@ def test_bad_input_is_one_line_and_leaves_nothing(mixture, tmp_path, name, conte
     assert not list((tmp_path / "mds").glob("s/index.json"))
 
 
+def test_bad_urls_lists_and_datasets_are_one_line(mixture, tmp_path):
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/none.jsonl\n")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "hello"}\n' * 9999)[:-20])
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("import datasets\n")
+    for source, message in (
+        ({"path": f"file://{tmp_path}/none.jsonl"}, "none.jsonl cannot be read to its end"),
+        ({"path": f"file://{tmp_path}/none*.jsonl"}, "there is no file://"),
+        ({"path": f"file://{tmp_path}/cut.jsonl.gz"}, "cut.jsonl.gz cannot be read to its end"),
+        ({"path": "nowhere://here/*.jsonl"}, "nowhere://here/*.jsonl cannot be listed (Protocol not known: nowhere"),
+        ({"listed_in": str(tmp_path / "none.txt")}, "none.txt cannot be read (["),
+        ({"listed_in": str(tmp_path / "list.txt")}, f"there is no {tmp_path}/none.jsonl"),
+        ({"dataset": str(tmp_path / "scripted")}, "no longer supported, but found scripted.py; name its files instead"),
+    ):
+        with pytest.raises(UserError) as error:  # nothing was written: the next source may have the folder
+            convert_mixture(mixture(**source), 64, 1)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_newer_kind_of_source_leaves_earlier_conversions_as_they_are(mixture, tmp_path):
+    path = write_jsonl(tmp_path / "raw.jsonl", some_texts(5, seed=1))
+    manifest = convert_mixture(mixture(path), 64, 1)["s"]
+    manifest.source.pop("listed_in")  # as an earlier version wrote it
+    manifest.write(tmp_path / "mds" / "s" / "manifest.json")
+    assert convert_mixture(mixture(path), 64, 1)["s"].tokens == manifest.tokens
+
+
 def test_wrong_names_are_answered_with_the_nearest(mixture, tmp_path):
     path = write_jsonl(tmp_path / "raw.jsonl", ["x"])
     with pytest.raises(UserError, match=r"format natural_resoning: no such format; did you mean natural_reasoning"):
         convert_mixture(mixture(path, format="natural_resoning"), 64, 1)
     with pytest.raises(UserError, match=r"--only t: no such stream"):
         convert_mixture(mixture(path), 64, 1, only=["t"])
-    with pytest.raises(UserError, match=r"expected exactly one of path and dataset"):
+    with pytest.raises(UserError, match=r"expected exactly one of path, listed_in and dataset"):
         convert_mixture(mixture(), 64, 1)
 
 
