@@ -46,8 +46,8 @@ def evaluate(
     Args:
         model: A model, or where one lies, see ``load_model``.
         benchmarks: Names from ``benchmarks.yaml``, or tasks of the harness; ``base`` and ``final`` are suites.
-        data_dir: Local copies of the data sets, at ``<owner>/<name>[/<configuration>]/<split>.jsonl`` or ``.parquet``;
-            without it they come from the hub.
+        data_dir: Local copies of the data sets, at ``<owner>/<name>[/<configuration>]/<split>.jsonl`` or ``.parquet``,
+            see ``benchmark_data``; without it they come from the hub.
         limit: Questions of each task at most.
         batch_size: Rows at once.
         max_new_tokens: Of an answer, instead of the benchmark's number.

@@ -72,7 +72,7 @@ class CheaperLM(TemplateLM):
         self.model, self.decoder, self.words = pretrained, pretrained.decoder, pretrained.tokenizer
         self.batch_size, self.max_new_tokens, self.seed = int(batch_size), max_new_tokens, seed
         self.max_length = self.decoder.config.max_position_embeddings
-        self._device = self.decoder.output_weight.device
+        self._device = self.decoder.device
         self._chats: dict[str, list[int]] = {}  # token ids of the chats that the harness knows as text
 
     # What the harness asks of every model.

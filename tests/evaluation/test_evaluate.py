@@ -18,6 +18,7 @@ from cheaper import cli
 from cheaper.errors import UserError
 from cheaper.evaluation import evaluate
 from cheaper.evaluation.benchmarks import at_size, catalogue, find_benchmarks, index, load_tasks, runs_code
+from cheaper.evaluation.local_data import LocalDataset
 from cheaper.evaluation.results import Result, results_of, save
 from tests.conftest import REPOSITORY
 from tests.evaluation.conftest import arc_row, sentence, write
@@ -132,6 +133,12 @@ def test_the_average_of_commonsense(model_folder, tmp_path):
     assert average.score == pytest.approx(sum(part.score for part in parts) / 8)
 
 
+def write_livecodebench(folder, rows):
+    """The hub's six files, each with its share of the rows."""
+    for place, number in enumerate(("", 2, 3, 4, 5, 6)):
+        write(folder / f"livecodebench/code_generation_lite/test{number}", rows[place::6])
+
+
 def test_the_suites_ask_and_score(model_folder, tmp_path):
     mathematics = {"problem": "1 + 1?", "solution": "\\boxed{2}", "answer": "2"}
     write(tmp_path / "HuggingFaceH4/MATH-500/test", [mathematics] * 2)
@@ -145,7 +152,7 @@ def test_the_suites_ask_and_score(model_folder, tmp_path):
     tests = [{"input": "1", "output": "2", "testtype": "stdin"}]
     doc = {"question_content": "Double.", "starter_code": "", "public_test_cases": json.dumps(tests)}
     doc |= {"private_test_cases": packed(tests), "metadata": "{}"}
-    write(tmp_path / "livecodebench/code_generation_lite/release_v6/test", [doc] * 2)
+    write_livecodebench(tmp_path, [doc] * 2)
     names = ["math500", "humaneval", "mbpp", "final"]
     few = {"data_dir": tmp_path, "max_new_tokens": 4, "samples": 3, "execute_code": True}
     results = {result.benchmark: result for result in evaluate(str(model_folder), names, **few)}
@@ -184,7 +191,7 @@ def test_programs_score_a_mean_over_draws(model_folder, tmp_path, monkeypatch):
     tests = [{"input": "1", "output": "2", "testtype": "stdin"}]
     doc = {"question_content": "Double.", "starter_code": "", "public_test_cases": json.dumps(tests)}
     doc |= {"private_test_cases": "[]", "metadata": "{}"}
-    write(tmp_path / "livecodebench/code_generation_lite/release_v6/test", [doc])
+    write_livecodebench(tmp_path, [doc])
     answers = iter(["```python\nprint(2)\n```", "```python\nprint(3)\n```"] * 2)
     monkeypatch.setattr(
         "cheaper.evaluation.harness.CheaperLM._continue", lambda self, contexts, *_: [next(answers) for _ in contexts]
@@ -272,3 +279,40 @@ def test_parquet_copies_are_read(model_folder, tmp_path):
         parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"baber/piqa/{split}.parquet")
     (result,) = evaluate(str(model_folder), ["piqa"], data_dir=tmp_path)
     assert result.samples == 3
+
+
+def test_parts_are_one_split(tmp_path):
+    for number in range(2):
+        rows = pa.Table.from_pylist([{"number": number}])
+        parquet.write_table(rows, tmp_path / f"test-{number:05}-of-00002.parquet")
+    assert LocalDataset.read(tmp_path)["test"]["number"][:] == [0, 1]
+    (tmp_path / "test-00001-of-00002.parquet").unlink()
+    with pytest.raises(UserError, match=r"has 1 files of test; expected 2"):
+        LocalDataset.read(tmp_path)
+
+
+@pytest.mark.parametrize("line", ['{"label": "b"}', "[1]"])
+def test_rows_unlike_each_other_are_told_in_one_line(tmp_path, line):
+    (tmp_path / "test.jsonl").write_text('{"label": 1}\n' + line)
+    with pytest.raises(UserError, match=r"--data_dir: .*/test\.jsonl cannot be read"):
+        LocalDataset.read(tmp_path)
+
+
+def test_livecodebench_is_all_six_files(tmp_path, monkeypatch):
+    (benchmark,) = find_benchmarks(["livecodebench"])
+    many = {"starter_code": "", "private_test_cases": "x" * 12_000_000}  # more than what is parsed at once
+    write_livecodebench(tmp_path, [{"question_content": str(number), **many} for number in range(6)])
+    (task,) = load_tasks(benchmark, tmp_path, seed=0)["tasks"].values()
+    assert [doc["question_content"] for doc in task.test_docs()] == list("012345")
+    load = datasets.load_dataset
+
+    def from_here(path, data_files, **options):
+        files = [file.replace("hf://datasets", str(tmp_path)) for file in data_files["test"]]
+        return load(path, data_files={"test": files}, cache_dir=str(tmp_path / "cache"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_here)
+    (task,) = load_tasks(benchmark, None, seed=0)["tasks"].values()
+    assert [doc["question_content"] for doc in task.test_docs()] == list("012345")
+    (tmp_path / "livecodebench/code_generation_lite/test6.jsonl").unlink()
+    with pytest.raises(UserError, match=r"code_generation_lite/test6\.jsonl cannot be read .*No such file"):
+        load_tasks(benchmark, tmp_path, seed=0)
