@@ -84,10 +84,13 @@ def train(args: list[str]) -> int:
 
     if dry_run:
         print(to_yaml(config))
-        print(table(check_memory(config)))
+        plan = check_memory(config)
+        print(table(plan))
         with _conversion_told(args):
             training.check_data(config)
-        print("the run is sound: its shards and its tokenizer fit")
+        if not plan.fits:
+            raise UserError("a step needs more memory than a device of this machine has; try: cheaper plan --find")
+        print("the run is sound: its shards, its tokenizer and its memory fit")
         return 0
     with _conversion_told(args):
         trainer = training.build_trainer(config)

@@ -53,7 +53,7 @@ def next_tokens(decoder: Decoder, prompts: list[list[int]], sampling: Sampling) 
     was_training = decoder.training
     decoder.eval()
     try:
-        device = decoder.output_weight.device
+        device = decoder.device
         generator = torch.Generator(device).manual_seed(sampling.seed)
         lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
         rows = [torch.tensor(prompt, device=device) for prompt in prompts]

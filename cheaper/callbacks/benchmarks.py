@@ -13,7 +13,7 @@ from composer.loggers import Logger
 from cheaper.config import BenchmarksConfig, parse_count
 from cheaper.data.tokenize import Tokenizer
 from cheaper.evaluation.benchmarks import load_tasks
-from cheaper.evaluation.evaluator import SEED, chosen, results
+from cheaper.evaluation.evaluator import SEED, chosen, load_all_tasks, results
 from cheaper.evaluation.harness import CheaperLM
 from cheaper.language_model import LanguageModel
 
@@ -62,12 +62,13 @@ class Benchmarks(Callback):
         decoder = getattr(state.model, "module", state.model).model  # inside DDP's wrapper, if there is one
         generators = random.getstate(), np.random.get_state()  # the harness seeds them
         model = LanguageModel(decoder, *self.speaks, source=Path())
-        was_training, device = decoder.training, decoder.output_weight.device.type
+        was_training, device = decoder.training, decoder.device.type
         decoder.eval()
         try:
             with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
                 lm = CheaperLM(model, batch_size=self.batch_size, divides=not self.sharded)
-                found = list(results(lm, self.asked, self.data_dir, self.settings.limit, SEED))
+                tasks = load_all_tasks(self.asked, self.data_dir, SEED)
+                found = list(results(lm, self.asked, tasks, self.settings.limit, SEED))
         finally:
             decoder.train(was_training)
             random.setstate(generators[0])

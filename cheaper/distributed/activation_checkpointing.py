@@ -10,11 +10,15 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from cheaper.models.decoder import Block, Decoder
 
+# Attention kernels by name: flash-attn's and PyTorch's for documents of many lengths exist once their module is there.
 ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "torch_attn::_varlen_attn",
 }
 
 
@@ -24,7 +28,8 @@ def checkpoint_activations(decoder: Decoder, mode: str) -> None:
     Args:
         decoder: The model.
         mode: ``none``; ``full``, which keeps a block's input alone; ``selective``, which also keeps what is expensive:
-            the attention's output and every second matrix product, as torchtitan does.
+            the attention's output and every second matrix product, as torchtitan does. (A CPU's attention in bf16 is
+            made of many operators and computed again.)
     """
     if mode == "none":
         return
@@ -43,7 +48,7 @@ def _keep_expensive():
     products: Counter[bool] = Counter()
 
     def policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
-        keep = operator in ATTENTION
+        keep = operator.name() in ATTENTION
         if operator == torch.ops.aten.mm.default:
             products[context.is_recompute] += 1
             keep = products[context.is_recompute] % 2 == 1

@@ -11,8 +11,12 @@ from composer.utils import dist, get_device
 
 from cheaper.data.shared_memory import remove_stale_shared_memory
 
-# What gloo, NCCL and the data loader say when another process is gone, or has not answered for minutes.
-LOST = re.compile(r"connection (was )?(closed|reset)|broken pipe|timed? ?out|NCCL|DataLoader worker", re.IGNORECASE)
+# What gloo, NCCL and the data loader say when another process is gone, or has not answered for minutes. What follows
+# the first line is somebody's traceback: a data worker that has failed, not gone, hands its own on.
+LOST = re.compile(
+    r"connection (was )?(closed|reset)|broken pipe|timed? ?out|remote process exited|DataLoader worker \(pid",
+    re.IGNORECASE,
+)
 
 
 def join_processes() -> None:
@@ -32,7 +36,8 @@ def join_processes() -> None:
 
 def lost_another(error: RuntimeError) -> str | None:
     """If ``error`` says that another process is gone: one line about it; nobody is left to agree with on anything."""
-    if not LOST.search(str(error)):
+    first = (str(error).splitlines() or [""])[0]
+    if not LOST.search(first):
         return None
-    reason = re.sub(r"^\[[^\]]*\] ", "", str(error).splitlines()[0])[:160]
+    reason = re.sub(r"^\[[^\]]*\] ", "", first)[:160]
     return f"rank {dist.get_global_rank()} has lost another process of the run ({reason})"

@@ -1,7 +1,7 @@
 """A model over devices: parameters, gradients and optimizer state in shards (FSDP2, arXiv 2304.11277).
 
 The model comes to Composer's trainer already divided; the trainer finds that it is and leaves it so. It is made without
-memory and filled shard by shard: no process ever holds more than its share and one whole parameter.
+memory and filled shard by shard: no process ever holds more than its share and the whole parameters of one module.
 """
 
 from __future__ import annotations

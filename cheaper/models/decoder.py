@@ -66,6 +66,14 @@ class Decoder(nn.Module):
         """The output matrix [V, D]: the head's, or the embedding's where they are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes; shards may be kept in the processor's memory."""
+        weight = self.output_weight
+        if isinstance(weight, DTensor) and weight.device_mesh.device_type != weight.device.type:
+            return torch.device(weight.device_mesh.device_type, torch.cuda.current_device())
+        return weight.device
+
     def init_weights(self) -> None:
         """Normal(0, ``initializer_std``) for every matrix, norms at 1.
 

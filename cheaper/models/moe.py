@@ -125,8 +125,8 @@ class Experts(nn.Module):
             order, counts_X = order[before.sum() :][: here.sum()], here
         tokens = order // experts_NP.shape[1]
         out = self._each_on_its_own(x_ND[tokens], counts_X, *networks)
-        out = out * weights_NP.flatten()[order, None].to(x_ND.dtype)
-        routed = torch.zeros_like(x_ND).index_add(0, tokens, out.to(x_ND.dtype)).view(x_BTD.shape)
+        out = out * weights_NP.flatten()[order, None]  # in fp32, and so is the sum
+        routed = torch.zeros_like(x_ND, dtype=out.dtype).index_add(0, tokens, out).to(x_ND.dtype).view(x_BTD.shape)
         if split:
             routed = DTensor.from_local(routed, self.gate.device_mesh, [Partial()]).redistribute(placements=[Shard(1)])
         return self.shared(x_BTD) + routed
@@ -135,7 +135,7 @@ class Experts(nn.Module):
         self, x_MD: torch.Tensor, counts_X: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
     ) -> torch.Tensor:
         """Each expert on its block of tokens, [M, D]."""
-        if x_MD.device.type == "cuda" and hasattr(torch, "_grouped_mm"):
+        if _grouped(x_MD):
             ends_X = counts_X.cumsum(0).int()
 
             def product(a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -147,6 +147,15 @@ class Experts(nn.Module):
         return torch.cat(
             [F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down) for x, gate, up, down in networks]
         )
+
+
+def _grouped(x: torch.Tensor) -> bool:
+    """Whether PyTorch has one product for all experts: in bf16, up to PyTorch 2.9 on Hopper alone."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if kind != "cuda" or dtype != torch.bfloat16 or not hasattr(torch, "_grouped_mm"):
+        return False
+    return hasattr(F, "grouped_mm") or torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
 def _shared(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from cheaper.checkpoints import find_model, is_checkpoint, load_decoder, model_record
+from cheaper.checkpoints import find_model, is_checkpoint, load_decoder, model_record, model_shape
 from cheaper.data.tokenize import Tokenizer, load_tokenizer
+from cheaper.distributed.shard_files import fill_from_shards, is_shards
 from cheaper.distributed.sharding import divide, set_weights, shard
 from cheaper.errors import UserError
+from cheaper.models import hf
 from cheaper.models.decoder import Decoder, row_positions
 
 
@@ -78,9 +80,7 @@ def load_teacher(
         UserError: It cannot be read, or its logits are not hidden states times a matrix.
     """
     if is_checkpoint(path) or _config(path).get("model_type") in ("llama", "llama4_text"):
-        teacher = load_decoder(path)
-        if mesh:
-            teacher = _divided(teacher, mesh, dtype)
+        teacher = _divided(path, mesh, dtype) if mesh else load_decoder(path)
     else:
         teacher = TransformersModel.load(path, dtype, trust_remote_code)
         if mesh:
@@ -90,12 +90,16 @@ def load_teacher(
     return teacher.to(device, dtype).requires_grad_(False).eval()
 
 
-def _divided(teacher: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> Decoder:
-    """This process's share of ``teacher``, whose tensors are read from their file no further than they are needed."""
+def _divided(path: Path, mesh: DeviceMesh, dtype: torch.dtype) -> Decoder:
+    """This process's share of a decoder, whose tensors are read from their files no further than they are needed."""
     with torch.device("meta"):
-        share = Decoder(teacher.config).to(dtype).requires_grad_(False)
+        share = Decoder(model_shape(path) if is_checkpoint(path) else hf.load_config(path))
+        share = share.to(dtype).requires_grad_(False)
     divide(share, mesh, dtype, cpu_offload=False)
-    set_weights(share, teacher.state_dict())
+    if is_shards(path):
+        fill_from_shards(share.state_dict(), path)
+    else:
+        set_weights(share, load_decoder(path).state_dict())
     return share
 
 

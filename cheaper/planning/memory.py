@@ -31,7 +31,8 @@ FUSED_NORM = hasattr(torch.ops.aten, "_fused_rms_norm")
 class Memory:
     """Bytes on the fullest device.
 
-    ``gradients`` grow in the backward pass while ``activations`` go, unless gradients are accumulated.
+    ``gradients`` grow in the backward pass while ``activations`` go, unless gradients are accumulated. Parameters,
+    gradients and optimizer state that are offloaded are in ``offloaded`` instead.
     """
 
     parameters: float  # fp32, or its shard
@@ -42,11 +43,17 @@ class Memory:
     loss: float
     teacher: float
     accumulates: bool
+    offloaded: float  # of the processor's memory
 
     @property
     def state(self) -> float:
         """What is there all the time, whatever the batch."""
         return self.parameters + self.optimizer + self.teacher
+
+    @property
+    def least(self) -> float:
+        """What is there at the end of every backward pass, whatever the batch."""
+        return self.state + self.gradients
 
     @property
     def peak(self) -> float:
@@ -69,15 +76,18 @@ def plan_memory(config: RunConfig, devices: int, teacher: ModelConfig | None = N
     stage = config.training.stage
     copies = 2 if devices > 1 and not layout.shard else 1  # DDP sums gradients in buckets of their own
     tokens = stage.batch_size_per_gpu * stage.sequence_length
+    state = FULL * shard, 2 * FULL * shard, copies * FULL * shard
+    parameters, optimizer, gradients = (0.0, 0.0, 0.0) if layout.cpu_offload else state
     return Memory(
-        parameters=FULL * shard,
-        optimizer=2 * FULL * shard,
+        parameters=parameters,
+        optimizer=optimizer,
         gathered=_gathered(decoder, layout),
-        gradients=copies * FULL * shard,
+        gradients=gradients,
         activations=_activations(config.model, layout, tokens),
         loss=_loss(config, tokens, distilled=bool(config.training.teacher_model or config.training.teacher_cache)),
         teacher=_teacher(teacher, layout, devices, tokens) if teacher else 0.0,
         accumulates=stage.gradient_accumulation_steps > 1,
+        offloaded=sum(state) if layout.cpu_offload else 0.0,
     )
 
 

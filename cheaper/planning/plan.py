@@ -90,13 +90,13 @@ def check_memory(config: RunConfig) -> Plan:
     """Plans ``config`` on the devices of this run, before anything is allocated.
 
     Raises:
-        UserError: Not even the model's state fits.
+        UserError: Not even the model's state and its gradients fit.
     """
     plan = make_plan(config, this_device(), int(os.environ.get("WORLD_SIZE", 1)))
-    if plan.memory.state > plan.hardware.memory:
+    if plan.memory.least > plan.hardware.memory:
         raise UserError(
-            f"model {config.model.name}: its state alone takes {_gib(plan.memory.state)} on a device, which has "
-            f"{_gib(plan.hardware.memory)}; look for devices and settings with: cheaper plan --find"
+            f"model {config.model.name}: its state and gradients alone take {_gib(plan.memory.least)} on a device, "
+            f"which has {_gib(plan.hardware.memory)}; look for devices and settings with: cheaper plan --find"
         )
     return plan
 
@@ -183,6 +183,8 @@ def table(plan: Plan, price: float | None = None) -> str:
         (f"activations, {layout.activation_checkpointing} recomputed", _gib(memory.activations)),
         ("loss", _gib(memory.loss)),
     ]
+    if memory.offloaded:
+        lines.append(("in the processor's memory", f"{_gib(memory.offloaded)} for each device"))
     if plan.teacher:
         lines.append(("teacher", _gib(memory.teacher)))
     elif plan.config.training.teacher_model and not plan.config.training.teacher_cache:

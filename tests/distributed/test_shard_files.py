@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from cheaper import cli
 from cheaper.checkpoints import load_decoder, load_weights, model_weights, safe_load, versions
+from cheaper.config import DistributedConfig
+from cheaper.distributed.processes import join_processes
+from cheaper.distributed.sharding import build_mesh
 from cheaper.errors import UserError
 from cheaper.files import read_records
 from cheaper.models.decoder import Decoder
+from cheaper.models.teacher import load_teacher
 
 SHARDED = ("distributed=fsdp2", "training.stage.tokens=2688")
 
@@ -110,3 +115,24 @@ def test_a_shard_that_is_cut_short_is_refused(corpus, sharded, tmp_path, capsys,
     line = capsys.readouterr().err
     assert "error: checkpoint" in line
     assert said in line
+
+
+def test_a_divided_teacher_reads_its_own_shards_alone(sharded, monkeypatch):
+    path = sharded / "step-00000021"
+    whole = load_decoder(path).eval()
+    monkeypatch.setattr("cheaper.models.teacher.load_decoder", None)  # which would make it whole in every process
+    join_processes()
+    teacher = load_teacher(path, torch.device("cpu"), torch.float32, mesh=build_mesh(DistributedConfig(shard=True)))
+    assert isinstance(teacher.output_weight, DTensor)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(teacher.hidden(ids, None), whole.hidden(ids, None))
+
+
+def test_an_offloaded_run_is_the_same_run(corpus, sharded, tmp_path):
+    """On a CPU, where nothing moves: what is shown is that every part of a run takes it."""
+    run = tmp_path / "run"
+    assert cli.main(["train", *corpus.arguments(run, *SHARDED, "distributed.cpu_offload=true")]) == 0
+    for file, name in (("metrics.jsonl", "train/loss"), ("samples.jsonl", "continuation")):
+        ours, expected = (read_records(folder / file) for folder in (run, sharded))
+        assert [record[name] for record in ours] == [record[name] for record in expected]

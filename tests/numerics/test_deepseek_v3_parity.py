@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
 from cheaper.config import ExpertsConfig, LatentAttentionConfig, ModelConfig
@@ -103,6 +105,26 @@ def test_logits_and_gradients(models):
         torch.testing.assert_close(
             gradient, expected[name], atol=1e-4, rtol=1e-3, msg=lambda text, n=name: f"{n} {text}"
         )
+
+
+def test_experts_are_weighed_and_summed_in_fp32(models, monkeypatch):
+    """In bf16, as ``transformers`` does it: were every expert's answer 1, a token got the scale of their weights."""
+    experts = copy.deepcopy(models[0].blocks[1].feed_forward).bfloat16()
+    monkeypatch.setattr(experts, "_each_on_its_own", lambda x_MD, *_: torch.ones_like(x_MD))
+    torch.nn.init.zeros_(experts.shared.down.weight)
+    out = experts(torch.randn(1, 50, CONFIG.hidden_size).bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, torch.full_like(out, CONFIG.experts.scale))
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="PyTorch before 2.10 has grouped products for GPUs alone")
+def test_grouped_products_are_those_of_each_expert(models, monkeypatch):
+    """A CPU test of what runs on GPUs."""
+    experts = copy.deepcopy(models[0].blocks[1].feed_forward).bfloat16()
+    x_BTE = torch.randn(2, 50, CONFIG.hidden_size).bfloat16()
+    one_by_one = experts(x_BTE)
+    monkeypatch.setattr("cheaper.models.moe._grouped", lambda _: True)
+    torch.testing.assert_close(experts(x_BTE), one_by_one, atol=1e-2, rtol=2e-2)
 
 
 def test_every_group_and_bias_matters(models):

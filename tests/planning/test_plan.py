@@ -1,11 +1,14 @@
 """Plans: what fits, what it costs, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 
 from cheaper import cli
 from cheaper.compose import load_config
 from cheaper.planning.hardware import all_hardware, load_hardware, recognise
-from cheaper.planning.plan import find, make_plan, overrides
+from cheaper.planning.memory import plan_memory
+from cheaper.planning.plan import find, make_plan, overrides, table
 
 PHASE1 = ["training=pretrain_phase1", "data=pretrain_phase1_mix"]
 SIZES = ["140m", "360m", "950m", "7b", "70b", "671b"]
@@ -68,6 +71,33 @@ def test_what_saves_memory_saves_it(changes, part):
     before = make_plan(recipe("950m", "distributed=fsdp2"), load_hardware("h100"), 4).memory
     after = make_plan(recipe("950m", "distributed=fsdp2", *changes), load_hardware("h100"), 4).memory
     assert getattr(after, part) < 0.9 * getattr(before, part)
+
+
+def test_what_is_offloaded_takes_nothing_on_the_device():
+    asked = ("distributed=fsdp2", "training.stage.batch_size_per_gpu=1", "distributed.activation_checkpointing=full")
+    kept = make_plan(recipe("70b", *asked), load_hardware("h100"), 8).memory
+    moved = make_plan(recipe("70b", *asked, "distributed.cpu_offload=true"), load_hardware("h100"), 8)
+    assert moved.memory.offloaded == kept.parameters + kept.optimizer + kept.gradients
+    assert moved.memory.peak == kept.gathered + kept.activations + kept.loss
+    assert moved.fits
+    assert f"{moved.memory.offloaded / 2**30:,.2f} GiB for each device" in table(moved)
+
+
+def test_what_cannot_fit_is_an_error_before_anything_is_made(corpus, tmp_path, monkeypatch, capsys):
+    run = corpus.arguments(tmp_path / "run")
+    least = plan_memory(load_config(run), devices=1).least
+
+    def on_a_device_with(memory: float, *more: str) -> tuple[int, str]:
+        device = replace(load_hardware("h100"), memory_mib=memory / 2**20)
+        monkeypatch.setattr("cheaper.planning.plan.this_device", lambda: device)
+        return cli.main(["train", *run, *more]), capsys.readouterr().err
+
+    status, line = on_a_device_with(0.99 * least)
+    assert (status, "its state and gradients alone take" in line) == (2, True)
+    assert on_a_device_with(3 * 2**30, "--dry-run")[0] == 0
+    status, line = on_a_device_with(1.01 * least, "--dry-run")  # its activations have no place
+    assert (status, "a step needs more memory than a device of this machine has" in line) == (2, True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_time_and_cost(capsys):
