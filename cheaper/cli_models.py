@@ -113,15 +113,17 @@ def evaluate(args: list[str]) -> int:
         raise UserError(f"--output {options.output}: there is no folder {options.output.absolute().parent}")
     from cheaper.evaluation import evaluator
     from cheaper.evaluation.processes import is_first
-    from cheaper.evaluation.results import results_file, save, table
+    from cheaper.evaluation.results import check_output, results_file, save, table
 
     names = [name for name in options.benchmarks.split(",") if name]
     benchmarks = evaluator.chosen(names, options.execute_code, options.samples)
     generation = options.tokenizer, options.batch_size, options.max_new_tokens, options.seed
+    tasks = evaluator.load_all_tasks(benchmarks, options.data_dir, options.seed)
     lm = evaluator.load(options.model_path, *generation)
     output = options.output or results_file(options.model_path, lm.model.source)
+    check_output(output)
     results = []
-    for result in evaluator.results(lm, benchmarks, options.data_dir, options.limit, options.seed):
+    for result in evaluator.results(lm, benchmarks, tasks, options.limit, options.seed):
         results.append(result)
         if is_first():
             save(output, lm.model.source, [result])

@@ -68,8 +68,9 @@ def evaluate(
             print(result.benchmark, result.score)
     """
     asked = chosen(benchmarks, execute_code, samples)
+    tasks = load_all_tasks(asked, Path(data_dir) if data_dir else None, seed)
     lm = load(model, tokenizer, batch_size, max_new_tokens, seed)
-    return list(results(lm, asked, Path(data_dir) if data_dir else None, limit, seed))
+    return list(results(lm, asked, tasks, limit, seed))
 
 
 def chosen(names: Sequence[str], execute_code: bool, samples: int | None = None) -> list[Benchmark]:
@@ -94,6 +95,19 @@ def chosen(names: Sequence[str], execute_code: bool, samples: int | None = None)
     return [dataclasses.replace(one, samples=samples) if one.samples else one for one in found]
 
 
+def load_all_tasks(benchmarks: Sequence[Benchmark], data_dir: Path | None, seed: int) -> list[dict[str, Any]]:
+    """The harness's tasks of each benchmark, to be asked once: examples are drawn from them.
+
+    Raises:
+        UserError: The data of one are not there.
+    """
+    loaded = []
+    for benchmark in benchmarks:
+        _seed_all(seed)
+        loaded.append(load_tasks(benchmark, data_dir, seed))
+    return loaded
+
+
 def load(
     model: str | LanguageModel, tokenizer: str | None, batch_size: int, max_new_tokens: int | None, seed: int
 ) -> CheaperLM:
@@ -106,15 +120,13 @@ def load(
 
 
 def results(
-    lm: CheaperLM, benchmarks: Sequence[Benchmark], data_dir: Path | None, limit: int | None, seed: int
+    lm: CheaperLM, benchmarks: Sequence[Benchmark], tasks: Sequence[dict[str, Any]], limit: int | None, seed: int
 ) -> Iterator[Result]:
     """The results of benchmarks one by one, then the averages of those that are all there."""
     parameters = sum(parameter.numel() for parameter in lm.decoder.parameters())
     done: dict[str, Result] = {}
-    for benchmark in benchmarks:
-        random.seed(seed)
-        np.random.seed(seed)
-        loaded = load_tasks(benchmark, data_dir, seed)
+    for benchmark, loaded in zip(benchmarks, tasks, strict=True):
+        _seed_all(seed)
         figures = evaluator.evaluate(
             lm,
             loaded,
@@ -123,7 +135,7 @@ def results(
             log_samples=False,
             apply_chat_template=benchmark.chat,
             fewshot_as_multiturn=benchmark.chat,
-            confirm_run_unsafe_code=True,  # ours alone, see runs_code
+            confirm_run_unsafe_code=benchmark.folder is None,  # ours have a sandbox
         )
         settings = {"limit": limit, "seed": seed, **_answers(lm, benchmark, loaded)}
         for result in _results(figures, benchmark, loaded, parameters, settings):
@@ -132,6 +144,11 @@ def results(
     for name, average in catalogue()["averages"].items():
         if done.keys() >= set(average["of"]):
             yield _average(name, [done[part] for part in average["of"]], at_size(average["published"], parameters))
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def _answers(lm: CheaperLM, benchmark: Benchmark, loaded: dict[str, Any]) -> dict[str, Any]:

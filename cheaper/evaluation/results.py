@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -90,7 +91,7 @@ def save(file: Path, source: str | Path, results: Sequence[Result]) -> None:
     """Adds a model's results to ``file``, in place of those of the same benchmarks under the same settings.
 
     Raises:
-        UserError: The file holds something else.
+        UserError: The file holds something else, or its folder cannot be written to.
     """
     check_output(file)
     new = [{"model": _name(file, source), **dataclasses.asdict(result)} for result in results]
@@ -106,8 +107,10 @@ def check_output(file: Path) -> None:
     """Tells whether results can be added to ``file``.
 
     Raises:
-        UserError: The file holds something else.
+        UserError: The file holds something else, or its folder cannot be written to.
     """
+    if not os.access(folder := file.absolute().parent, os.W_OK):
+        raise UserError(f"--output {file}: {folder} cannot be written to; choose another folder")
     try:
         _ = [_key(row) for row in _read(file)]
     except (OSError, ValueError, KeyError, TypeError):

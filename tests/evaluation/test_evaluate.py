@@ -16,8 +16,9 @@ from pyarrow import parquet
 
 from cheaper import cli
 from cheaper.errors import UserError
-from cheaper.evaluation import evaluate
+from cheaper.evaluation import evaluate, evaluator
 from cheaper.evaluation.benchmarks import at_size, catalogue, find_benchmarks, index, load_tasks, runs_code
+from cheaper.evaluation.harness import CheaperLM
 from cheaper.evaluation.local_data import LocalDataset
 from cheaper.evaluation.results import Result, results_of, save
 from tests.conftest import REPOSITORY
@@ -236,10 +237,18 @@ def test_mistakes_are_told_in_one_line(model_folder, data_dir, tmp_path, capsys)
     )
     assert "--data_dir nowhere: no such folder" in told(capsys, *model, "--data_dir", "nowhere")
     assert "--limit 0: expected 1 or more" in told(capsys, *model, "--limit", "0")
+
+
+def test_mistakes_are_told_before_the_model_is_asked(model_folder, data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(CheaperLM, "_loglikelihood_tokens", lambda *_, **__: pytest.fail("asked"))
+    model = ["--model_path", str(model_folder), "--data_dir", str(data_dir), "--limit", "1"]
+    assert "baber/piqa/<split>" in told(capsys, *model, "--benchmarks", "arc_easy,piqa")
     (tmp_path / "else.json").write_text("[]")
-    few = ["--benchmarks", "arc_easy", "--data_dir", str(data_dir), "--limit", "1"]
-    error = told(capsys, *model, *few, "--output", str(tmp_path / "else.json"))
+    error = told(capsys, *model, "--benchmarks", "arc_easy", "--output", str(tmp_path / "else.json"))
     assert error == f"error: --output {tmp_path}/else.json: is there already, and holds no results"
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    error = told(capsys, *model, "--benchmarks", "arc_easy", "--output", str(tmp_path / "new.json"))
+    assert error == f"error: --output {tmp_path}/new.json: {tmp_path} cannot be written to; choose another folder"
 
 
 def test_broken_models_are_told_in_one_line(model_folder, tmp_path, capsys):
@@ -260,6 +269,18 @@ def test_code_of_the_harness_is_never_run():
     assert not runs_code(*find_benchmarks(["mmlu"]))
     with pytest.raises(UserError, match="humaneval_plus: refused, the harness would run generated code without"):
         runs_code(*find_benchmarks(["humaneval_plus"]))
+
+
+def test_the_harness_s_own_tasks_run_no_code(model_folder, data_dir, tmp_path, monkeypatch):
+    allowed, ask = [], evaluator.evaluator.evaluate
+
+    def recorded(*args, confirm_run_unsafe_code, **options):
+        allowed.append(confirm_run_unsafe_code)
+        return ask(*args, confirm_run_unsafe_code=confirm_run_unsafe_code, **options)
+
+    monkeypatch.setattr(evaluator.evaluator, "evaluate", recorded)
+    evaluate(str(model_folder), ["arc_easy", "gsm8k"], data_dir=data_dir, limit=1, max_new_tokens=1)
+    assert allowed == [False, True]
 
 
 def test_no_network_is_told_in_one_line(model_folder, monkeypatch, capsys):
