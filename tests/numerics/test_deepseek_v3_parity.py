@@ -108,13 +108,15 @@ def test_logits_and_gradients(models):
 
 
 def test_experts_are_weighed_and_summed_in_fp32(models, monkeypatch):
-    """In bf16, as ``transformers`` does it: were every expert's answer 1, a token got the scale of their weights."""
+    """In bf16, as ``transformers`` does it: if every expert answers with its input, a token gets ``scale`` times it."""
     experts = copy.deepcopy(models[0].blocks[1].feed_forward).bfloat16()
-    monkeypatch.setattr(experts, "_each_on_its_own", lambda x_MD, *_: torch.ones_like(x_MD))
+    monkeypatch.setattr(experts, "_each_on_its_own", lambda x_MD, *_: x_MD)
     torch.nn.init.zeros_(experts.shared.down.weight)
-    out = experts(torch.randn(1, 50, CONFIG.hidden_size).bfloat16())
+    x_BTE = torch.randn(1, 50, CONFIG.hidden_size).bfloat16()
+    out, expected = experts(x_BTE), (CONFIG.experts.scale * x_BTE.float()).bfloat16()
     assert out.dtype == torch.bfloat16
-    assert torch.equal(out, torch.full_like(out, CONFIG.experts.scale))
+    # The others are ties, which the last place of fp32 decides; rounded before they are summed, 0.79 agree.
+    assert (out == expected).float().mean() > 0.9
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="PyTorch before 2.10 has grouped products for GPUs alone")
