@@ -9,6 +9,8 @@ import yaml
 from cheaper.compose import load_config, to_yaml, yaml_dir
 from cheaper.config import parse_count, parse_warmup
 from cheaper.errors import UserError
+from cheaper.planning.hardware import load_hardware
+from cheaper.planning.plan import make_plan
 
 PHASE1 = ["model=mobilellm_140m", "training=pretrain_phase1", "data=pretrain_phase1_mix", "distributed=single_gpu"]
 
@@ -134,9 +136,23 @@ def test_the_later_stages_have_the_values_of_the_specification():
     assert (general.stage.epochs, general.stage.learning_rate, general.stage.warmup) == (2, 5e-6, "3%")
     assert (general.stage.batch_size_per_gpu, general.stage.sequence_length, general.stage.weight_decay) == (4, 4096, 0)
     assert (reasoning.stage.epochs, reasoning.stage.learning_rate, reasoning.stage.warmup) == (3, 1e-5, "10%")
-    assert (reasoning.stage.batch_size_per_gpu, reasoning.stage.sequence_length) == (8, 32768)
+    assert reasoning.stage.batch_size_per_gpu * reasoning.stage.gradient_accumulation_steps == 8
+    assert reasoning.stage.sequence_length == 32768
     assert reasoning.long_context.enabled
     assert (reasoning.long_context.rope_theta_factor, reasoning.long_context.max_position_embeddings) == (8, 32768)
+
+
+@pytest.mark.parametrize(
+    ("stage", "data"),
+    [
+        ("midtrain", "midtrain_mix"),
+        ("posttrain_general_sft", "general_sft"),
+        ("posttrain_reasoning_sft", "reasoning_sft"),
+    ],
+)
+def test_the_later_stages_fit_the_hardware_of_the_specification(stage, data):
+    config = load_config(["model=mobilellm_950m", f"training={stage}", f"data={data}", "distributed=fsdp2"])
+    assert make_plan(config, load_hardware("a100_80"), 4, 0.4).fits
 
 
 def test_overrides_of_the_specification():

@@ -29,7 +29,7 @@ run_name: test
 model: {num_layers: 2, num_heads: 4, num_kv_heads: 2, hidden_size: 32, intermediate_size: 64, head_dim: 8,
   vocab_size: 320}
 training:
-  stage: {epochs: 2, batch_size_per_gpu: 1, learning_rate: 1.0e-2}
+  stage: {epochs: 2, batch_size_per_gpu: 1, gradient_accumulation_steps: 1, learning_rate: 1.0e-2}
   precision: fp32
   checkpoint_interval: 2
   samples: {chats: [the], max_new_tokens: 4}
