@@ -213,7 +213,10 @@ def test_the_written_run_says_the_same_again(tmp_path):
         ("data.streams.wikipedia.proportion=-0.2", "proportion is -0.2: expected a number ≥ 0 (the command line)"),
         ("training.stage.tokens=5X", "training.stage.tokens is 5X: expected a count of tokens such as 2T"),
         ("training.stage.warmup=120%", "training.stage.warmup is 120%: expected steps such as 2000"),
-        ("model.num_heads=10", "model.num_heads is 10: expected a multiple of model.num_kv_heads=3"),
+        (
+            "model.num_heads=16",
+            "model.num_heads is 16: expected a multiple of model.num_kv_heads=3; add model.num_kv_heads=4, or one of",
+        ),
         ("training.stage.sequence_length=8192", "expected at most model.max_position_embeddings=4096"),
         ("training.precision=fp8", "training.precision is fp8: expected one of bf16, fp32"),
         ("model=mobilellm_140", "no such model; did you mean mobilellm_140m?"),
