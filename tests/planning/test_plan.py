@@ -1,14 +1,16 @@
 """Plans: what fits, what it costs, and what is refused."""
 
+import re
 from dataclasses import replace
 
 import pytest
 
 from cheaper import cli
 from cheaper.compose import load_config
-from cheaper.planning.hardware import all_hardware, load_hardware, recognise
+from cheaper.planning.hardware import Hardware, all_hardware, load_hardware, recognise
 from cheaper.planning.memory import plan_memory
 from cheaper.planning.plan import find, make_plan, overrides, table
+from tests.conftest import REPOSITORY
 
 PHASE1 = ["training=pretrain_phase1", "data=pretrain_phase1_mix"]
 SIZES = ["140m", "360m", "950m", "7b", "70b", "671b"]
@@ -71,6 +73,45 @@ def test_what_saves_memory_saves_it(changes, part):
     before = make_plan(recipe("950m", "distributed=fsdp2"), load_hardware("h100"), 4).memory
     after = make_plan(recipe("950m", "distributed=fsdp2", *changes), load_hardware("h100"), 4).memory
     assert getattr(after, part) < 0.9 * getattr(before, part)
+
+
+def table_of(heading: str) -> list[list[str]]:
+    """The rows of a table in ``docs/hardware.md``."""
+    text = (REPOSITORY / "docs" / "hardware.md").read_text(encoding="utf-8")
+    rows = text[text.index(f"| Model | {heading}") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def hardware_of(cell: str) -> tuple[int, Hardware]:
+    """Such as ``8 × A100 80GB``."""
+    count, device = cell.split(" × ")
+    return int(count), next(known for known in all_hardware() if set(known.device_name.split()) <= set(device.split()))
+
+
+def smallest(fits) -> int | None:
+    return next((devices for devices in (2**power for power in range(10)) if fits(devices)), None)
+
+
+def test_the_documented_tables_are_what_is_planned(monkeypatch):
+    monkeypatch.setattr("cheaper.planning.memory.FUSED_NORM", False)  # as in the PyTorch that they are made with
+    for size, least, as_it_is, found in table_of("Specification, at least"):
+        _, hardware = hardware_of(least)
+
+        def plan(devices: int, size: str = size, hardware: Hardware = hardware):
+            layout = "fsdp2" if devices > 1 else "single_gpu"
+            return make_plan(recipe(size.lower(), f"distributed={layout}"), hardware, devices)
+
+        devices = smallest(lambda devices: plan(devices).fits)
+        assert as_it_is.split()[0] == str(devices or "none").lower(), (size, as_it_is)
+        if memory := re.search(r"(\d+) GiB", as_it_is):
+            assert round(plan(devices).memory.peak / 2**30) == int(memory[1])
+        wanted = int(re.match(r"\d+", found)[0])
+        assert find(recipe(size.lower()), hardware, wanted), size
+        assert wanted == 1 or not find(recipe(size.lower()), hardware, wanted // 2), size
+    for size, recommended, _, days in table_of("Specification, recommended"):
+        devices, hardware = hardware_of(recommended)
+        hours = find(recipe(size.lower()), hardware, devices).gpu_hours
+        assert f"{hours / devices / 24:.0f} days" == days, size
 
 
 def test_what_is_offloaded_takes_nothing_on_the_device():
