@@ -118,10 +118,10 @@ def evaluate(args: list[str]) -> int:
     names = [name for name in options.benchmarks.split(",") if name]
     benchmarks = evaluator.chosen(names, options.execute_code, options.samples)
     generation = options.tokenizer, options.batch_size, options.max_new_tokens, options.seed
-    tasks = evaluator.load_all_tasks(benchmarks, options.data_dir, options.seed)
     lm = evaluator.load(options.model_path, *generation)
     output = options.output or results_file(options.model_path, lm.model.source)
     check_output(output)
+    tasks = evaluator.load_all_tasks(benchmarks, options.data_dir, options.seed)
     results = []
     for result in evaluator.results(lm, benchmarks, tasks, options.limit, options.seed):
         results.append(result)

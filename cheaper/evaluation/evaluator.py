@@ -68,8 +68,8 @@ def evaluate(
             print(result.benchmark, result.score)
     """
     asked = chosen(benchmarks, execute_code, samples)
-    tasks = load_all_tasks(asked, Path(data_dir) if data_dir else None, seed)
     lm = load(model, tokenizer, batch_size, max_new_tokens, seed)
+    tasks = load_all_tasks(asked, Path(data_dir) if data_dir else None, seed)
     return list(results(lm, asked, tasks, limit, seed))
 
 
