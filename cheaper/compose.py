@@ -264,7 +264,7 @@ def _impossible(config: RunConfig) -> list[Problem]:
             problems.append((key, f"is {value}: {error}"))
     if model.num_heads % model.num_kv_heads:
         fitting = [n for n in range(1, model.num_heads + 1) if model.num_heads % n == 0]
-        nearest = min(fitting, key=lambda n: abs(n - model.num_kv_heads))
+        nearest = min(fitting, key=lambda n: (abs(n - model.num_kv_heads), -n))
         text = f"is {model.num_heads}: expected a multiple of model.num_kv_heads={model.num_kv_heads}"
         problems.append(("model.num_heads", f"{text}; add model.num_kv_heads={nearest}, or one of {fitting}"))
     if model.head_dim % 2:
