@@ -1,6 +1,7 @@
 """Recipes, groups, overrides, and what is said about mistakes in them."""
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,20 @@ def test_every_stream_has_one_source_without_a_script(path):
         source = stream.source
         assert [source.path, source.listed_in, source.dataset].count(None) == 2
         assert source.dataset not in scripted
+
+
+@pytest.mark.parametrize("path", sorted((yaml_dir() / "data").glob("*_mix.yaml")), ids=lambda path: path.stem)
+def test_documents_of_text_do_not_end_like_a_turn(path):
+    assert yaml.safe_load(path.read_text())["tokenizer"] == "meta-llama/Llama-3.1-8B"
+
+
+def test_mixtures_take_whole_datasets():
+    code = load_config([str(yaml_dir() / "posttrain_reasoning_sft.yaml")]).data.streams
+    assert {code[name].source.split for name in ("code", "code_cpp")} == {"python", "cpp"}
+    cosmopedia = load_config([str(yaml_dir() / "pretrain_phase2.yaml")]).data.streams["cosmopedia"].source
+    folders = ["auto_math_text", "khanacademy", "openstax", "stanford", "stories", "web_samples_v1", "wikihow"]
+    root = "hf://datasets/HuggingFaceTB/cosmopedia/data"
+    assert all(fnmatch(f"{root}/{folder}/train-00000-of-00002.parquet", cosmopedia.path) for folder in folders)
 
 
 def test_the_later_stages_have_the_values_of_the_specification():
