@@ -27,7 +27,7 @@ What you have now
   runs/quickstart-hf                 the last model for transformers, with a model card
   runs/quickstart-<stage>            run.yaml, checkpoints, metrics.jsonl, samples.jsonl, summary.json
 
-What to do next
+What to do next, after: . .venv/bin/activate
   cheaper chat runs/quickstart-hf                                             ask it for a sum
   cheaper inspect data/sample/chats-128/chats --tokenizer data/sample/tokenizer
                                                                               packed rows, loss in green

@@ -138,6 +138,15 @@ def test_the_fingerprint_tells_vocabularies_apart_and_not_their_places(tmp_path)
     assert a == b != c
 
 
+def test_an_end_of_its_own_leaves_the_vocabulary_as_it_is(tmp_path):
+    for name, end in (("base", "</s>"), ("instruct", "<s>")):  # as Llama 3.1's two tokenizers differ
+        folder = train_tokenizer(tmp_path / name, some_texts(50, seed=0))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": end}))
+    base, instruct = (load_tokenizer(str(tmp_path / name)) for name in ("base", "instruct"))
+    assert base.vocabulary == instruct.vocabulary
+    assert base.fingerprint != instruct.fingerprint
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
