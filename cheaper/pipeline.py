@@ -5,16 +5,19 @@ What has been done is read from the stages' run folders, so the same command goe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from cheaper.compose import load_config, yaml_dir
@@ -150,23 +153,50 @@ def command(stage: Stage, before: Stage | None, launcher: str) -> list[str]:
 
 
 def _run(arguments: list[str]) -> int:
+    """Runs a stage; returns the launcher's exit status, or 128 and the number of the signal that asked for an end."""
     print("\n$ " + shlex.join(arguments), flush=True)
-    process: subprocess.Popen | None = None
-
-    def pass_on(signum: int, frame: Any) -> None:
-        # The terminal sends Ctrl-C to the training too, which writes its checkpoint; this process waits for it.
-        if process and signum == signal.SIGTERM:
-            process.send_signal(signum)
-
-    earlier = {signum: signal.signal(signum, pass_on) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signals: list[int] = []
+    earlier = {
+        signum: signal.signal(signum, lambda signum, frame: signals.append(signum))
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(signum) != signal.SIG_IGN  # as nohup sets it
+    }
     try:
-        process = subprocess.Popen(arguments)
-        return process.wait()
+        # In a session of its own, for the terminal would send Ctrl-C to the launcher too.
+        process = subprocess.Popen(arguments, start_new_session=True)
+        told: dict[psutil.Process, int] = {}
+        ranks = [psutil.Process(process.pid)]
+        while process.poll() is None:
+            if signals:
+                ranks = _ranks(process.pid) or ranks
+                for rank in ranks:
+                    if told.get(rank) != len(signals):
+                        told[rank] = len(signals)
+                        with contextlib.suppress(psutil.Error):
+                            rank.send_signal(signal.SIGTERM if signals[-1] == signal.SIGHUP else signals[-1])
+            time.sleep(0.1)
+        return 128 + signals[0] if signals else process.returncode
     except FileNotFoundError:
         raise UserError(f"--launcher {arguments[0]}: no such command") from None
     finally:
         for signum, handler in earlier.items():
             signal.signal(signum, handler)
+
+
+def _ranks(launcher: int) -> list[psutil.Process]:
+    """The processes that a launcher started for its ranks; none if it is the training itself.
+
+    They are told of a signal in its place: torchrun and Composer's launcher would give them 30 seconds to the end.
+    """
+    ranks: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process(launcher).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                training = process.cmdline()
+                forked = training == psutil.Process(process.ppid()).cmdline()  # a data loader's worker
+                if "cheaper.cli" in training and not forked and "LOCAL_RANK" in process.environ():
+                    ranks.append(process)
+    return ranks
 
 
 def table(stages: list[Stage]) -> str:

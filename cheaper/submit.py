@@ -72,7 +72,7 @@ def mcli(job: Job) -> str:
         "integrations": [
             {"integration_type": "git_repo", "git_repo": REPOSITORY, "git_branch": "main", "pip_install": ".[gpu]"}
         ],
-        "command": f"cd {Path(REPOSITORY).name}\n{job.command('composer')}\n",
+        "command": f"cd {Path(REPOSITORY).name}\nexec {job.command('composer')}\n",
     }
     return note + _yaml(run)
 
@@ -97,8 +97,8 @@ def slurm(job: Job) -> str:
 set -uo pipefail
 export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-job() {{
-  {job.command(torchrun)}
+job() {{ # signals reach srun's own children alone
+  exec {job.command(torchrun)}
 }}
 export -f job
 
@@ -134,6 +134,7 @@ def sky(job: Job) -> str:
         "workdir": ".",
         "file_mounts": {job.storage: {"name": "cheaper-training", "mode": "MOUNT_CACHED"}},
         "setup": "pip install -e '.[gpu]'\n",
+        # No exec: SkyPilot appends lines that wait until the checkpoints are uploaded.
         "run": job.command(torchrun) + "\n",
     }
     return _yaml(task)

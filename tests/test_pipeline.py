@@ -1,18 +1,21 @@
 """Stages in a row as real processes: order, weights handed on, interruption, and what is refused."""
 
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
 
 from cheaper import cli
 from cheaper.checkpoints import find_model, load_decoder
-from cheaper.files import newest_checkpoint
+from cheaper.files import newest_checkpoint, read_records
 from tests.conftest import REPOSITORY, Corpus
 
 PYTHON = shlex.quote(sys.executable)
@@ -43,8 +46,6 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -80,6 +81,41 @@ def test_an_interrupted_stage_goes_on(three, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "training.resume=true" in done.stdout
     assert newest_checkpoint(tmp_path / "first") > stopped
+
+
+@pytest.mark.parametrize("launcher", ["torchrun --standalone --nproc_per_node=2", "composer -n 2"])
+def test_a_signal_reaches_the_ranks_of_a_launcher(three, tmp_path, launcher):
+    launcher = str(Path(sys.executable).with_name(launcher))
+    overrides = ["training.stage.tokens=640000", "training.checkpoint_interval=100000", "distributed=fsdp2"]
+    command = [sys.executable, "-m", "cheaper.cli", "pipeline", str(three), "--launcher", launcher, *overrides]
+    metrics, reached = tmp_path / "first" / "metrics.jsonl", 0
+    # The second run goes on with the first. A terminal sends Ctrl-C to the whole group.
+    for signum, send in ((signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)):
+        with open(tmp_path / "output", "w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=environment(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        while len(read_records(metrics)) <= reached:
+            assert process.poll() is None
+            time.sleep(0.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        send(process.pid, signum)
+        assert process.wait(60) == 128 + signum
+        printed = (tmp_path / "output").read_text()
+        assert f"stopped by {signum.name}; checkpoint" in printed
+        assert "Killing training processes" not in printed  # as Composer's launcher says when it is told itself
+        assert len(family) >= 3
+        assert not psutil.wait_procs(family, timeout=5)[1]
+        steps = [record["step"] for record in read_records(metrics)]
+        assert newest_checkpoint(tmp_path / "first").name == f"step-{steps[-1]:08d}"
+        assert steps == [*range(1, len(steps) + 1)]
+        reached = len(steps)
+    assert not (tmp_path / "second").exists()
 
 
 def test_from_and_until_and_dry_run(three, tmp_path, capsys):

@@ -79,6 +79,26 @@ def executed(target: str, job: Job, tmp_path: Path) -> list[str]:
     return shlex.split(line.removeprefix("$ "))
 
 
+@pytest.mark.parametrize("target", ["mcli", "slurm"])
+def test_a_signal_for_the_task_reaches_the_pipeline(target, tmp_path):
+    """The process that the cluster starts, and sends its signals to, has become ``cheaper``."""
+    for name, body in {
+        "cheaper": "echo cheaper $$",
+        "srun": 'shift; "$@" & echo task $!; wait',
+        "scontrol": "",
+    }.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    text = TARGETS[target][0](Job("midtrain"))
+    if target == "mcli":
+        text = yaml.safe_load(text)["command"].replace("cd WrinkleFree", ": WrinkleFree")
+    (tmp_path / "job").write_text(text)  # bash does not treat the last command of a file as it does that of -c
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a"}
+    process = subprocess.Popen(["bash", tmp_path / "job"], env=environment, stdout=subprocess.PIPE, text=True)
+    said = dict(line.split() for line in process.communicate()[0].splitlines())
+    assert said["cheaper"] == said.get("task", str(process.pid))
+
+
 @pytest.mark.parametrize(
     ("target", "launcher"),
     [
