@@ -64,6 +64,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if verb not in verbs:
             raise UserError(f"cheaper {verb}: no such verb{did_you_mean(verb, verbs)}")
+        if verb in ("train", "cache-teacher", "evaluate"):
+            adopt_slurm(os.environ)
         return verbs[verb](rest)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # every process meets the same mistake; one says so
@@ -73,7 +75,6 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def train(args: list[str]) -> int:
     """Trains; ``--dry-run`` resolves and checks the run, prints it and stops."""
-    adopt_slurm(os.environ)
     dry_run = "--dry-run" in args
     config = load_config([arg for arg in args if arg != "--dry-run"])
     check_start(config)

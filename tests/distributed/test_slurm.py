@@ -1,8 +1,15 @@
 """Slurm's variables, as ``srun`` of 22.05 sets them."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
+from cheaper import cli
 from cheaper.distributed.slurm import adopt_slurm, first_host, tasks_per_node
+from cheaper.files import newest_checkpoint
+from tests.conftest import REPOSITORY
 
 STEP = {
     "SLURM_JOB_ID": "4711",
@@ -50,3 +57,28 @@ def test_the_first_host_of_a_list(nodes, first):
 def test_tasks_per_node():
     assert tasks_per_node("8") == [8]
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+
+
+def test_two_tasks_make_one_teacher_cache(corpus, tmp_path):
+    run = tmp_path / "teacher"
+    assert cli.main(["train", *corpus.arguments(run, "training.stage.tokens=640", "training.samples.prompts=[]")]) == 0
+    teacher = [f"training.teacher_model={newest_checkpoint(run)}", f"training.teacher_cache={tmp_path / 'cache'}"]
+    command = [sys.executable, "-m", "cheaper.cli", "cache-teacher", *corpus.arguments(tmp_path / "none", *teacher)]
+    step = {**STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+    step |= {"SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    alone = {key: value for key, value in os.environ.items() if key != "RANK"}  # the training set it in here
+    tasks = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env={**alone, **step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [task.communicate(timeout=240)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert (tmp_path / "cache" / "a" / "index.json").exists()
+    assert [f"{tmp_path}/cache/a" in output for output in outputs] == [True, False]  # the first speaks for both
