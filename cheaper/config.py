@@ -162,6 +162,7 @@ class TrainingConfig:
     auto_microbatch: bool = False  # on a GPU: find how many of a step's rows fit at once; not with distributed.shard
     profile: bool = False  # record where the time and memory of three early steps go, into profile/ of checkpoint_dir
     checkpoint_path: str | None = None  # weights to start from, or with resume=true the checkpoint to go on from
+    expects_weights: bool = False  # a stage that goes on from another's weights: say so where it starts without
     resume: bool = False
     checkpoint_dir: str = "runs/${run_name}"  # everything the run writes
     checkpoint_interval: int = at_least(1, default=1000)  # steps

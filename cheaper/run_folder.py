@@ -78,7 +78,8 @@ def _check_newest(named: str | None, newest: Path) -> None:
 
 # Keys that may differ between a run and its continuation: they do not change what is computed.
 FREE = ("run_name", "logging", "distributed", "data.root", "data.cache", "data.num_workers", "training.resume")
-FREE += ("training.checkpoint_path", "training.checkpoint_dir", "training.checkpoint_interval", "training.samples")
+FREE += ("training.checkpoint_path", "training.expects_weights", "training.checkpoint_dir")
+FREE += ("training.checkpoint_interval", "training.samples")
 FREE += ("training.stage.batch_size_per_gpu", "training.stage.gradient_accumulation_steps")  # see check_same_steps
 FREE += ("training.keep_checkpoints", "training.expected", "model.use_flash_attention", "data.trust_remote_code")
 FREE += ("training.compile", "training.profile", "training.benchmarks", "training.eval_interval", "training.targets")

@@ -37,7 +37,7 @@ def test_several_mistakes_are_a_line_each(capsys):
 
 def test_a_later_stage_without_weights_is_warned_of(capsys, monkeypatch):
     stage = ["model=tiny", "data=sample", "data.tokenizer=/nowhere"]
-    for training, warned in (("midtrain", True), ("posttrain_general_sft", True), ("pretrain_phase1", False)):
+    for training, warned in (("midtrain", True), ("pretrain_phase2", True), ("pretrain_phase1", False)):
         assert main(["train", f"training={training}", *stage]) == 2
         told = f"warning: {training} starts from random weights: training.checkpoint_path is none\n"
         assert (told in capsys.readouterr().err) == warned

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import fsspec
 import zstandard
+from fsspec.core import url_to_fs
 
 from cheaper.config import SourceConfig
 from cheaper.data.formats import UnusableRow
@@ -179,7 +179,7 @@ def open_file(file: str) -> BinaryIO:
     """A file on this machine or at a URL, to read."""
     if "://" not in file:
         return open(file, "rb")
-    file_system, path = fsspec.url_to_fs(file)
+    file_system, path = url_to_fs(file)
     return file_system.open(path, "rb")
 
 
@@ -187,7 +187,7 @@ def file_size(file: str) -> int:
     """Bytes of a file on this machine or at a URL; 0 where a server does not say."""
     if "://" not in file:
         return os.path.getsize(file)
-    file_system, path = fsspec.url_to_fs(file)
+    file_system, path = url_to_fs(file)
     return file_system.size(path) or 0
 
 
@@ -208,7 +208,7 @@ def _matching(pattern: str, name: str) -> list[str]:
     if not glob.has_magic(pattern):
         return [pattern]
     try:
-        file_system, path = fsspec.url_to_fs(pattern)
+        file_system, path = url_to_fs(pattern)
         return sorted(map(file_system.unstrip_protocol, file_system.glob(path)))
     except Exception as error:  # of a library for URLs
         raise UserError(f"data.streams.{name}: {pattern} cannot be listed ({_reason(error)})") from None
