@@ -127,7 +127,7 @@ def check_start(config: RunConfig) -> None:
     if start and start.startswith((".", "/")) and not Path(start).exists():
         what = "no such file or folder; train the stage before, or name other weights"
         raise UserError(f"training.checkpoint_path {start}: {what}")
-    if not start and training.name.startswith(("midtrain", "posttrain")) and os.environ.get("RANK", "0") == "0":
+    if not start and training.expects_weights and os.environ.get("RANK", "0") == "0":
         print(f"warning: {training.name} starts from random weights: training.checkpoint_path is none", file=sys.stderr)
 
 
