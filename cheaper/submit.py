@@ -117,14 +117,17 @@ wait "$steps"
 
 
 def sky(job: Job) -> str:
-    """A task for ``sky jobs launch``, on spot machines that are replaced when they are taken away."""
-    torchrun = (
-        "torchrun --nnodes=$SKYPILOT_NUM_NODES --nproc_per_node=$SKYPILOT_NUM_GPUS_PER_NODE "
-        "--node_rank=$SKYPILOT_NODE_RANK --master_addr=$(echo $SKYPILOT_NODE_IPS | cut -d' ' -f1) --master_port=29500"
-    )
+    """A task for ``sky jobs launch``, on a spot machine that is replaced when it is taken away.
+
+    Raises:
+        UserError: The job is for several machines. Each would upload what it wrote to a ``MOUNT_CACHED`` bucket in its
+            own time, when the first has long called the checkpoint whole; with ``MOUNT`` no file can be appended to.
+    """
+    if job.nodes > 1:
+        reason = "a bucket of SkyPilot's may lack parts of a checkpoint that several machines wrote"
+        raise UserError(f"--nodes {job.nodes}: expected 1 with --to sky, for {reason}")
     task: dict[str, Any] = {
         "name": job.name,
-        "num_nodes": job.nodes,
         "resources": {
             "accelerators": f"{job.gpu.upper()}:{job.gpus}",
             "use_spot": True,
@@ -135,7 +138,7 @@ def sky(job: Job) -> str:
         "file_mounts": {job.storage: {"name": "cheaper-training", "mode": "MOUNT_CACHED"}},
         "setup": "pip install -e '.[gpu]'\n",
         # No exec: SkyPilot appends lines that wait until the checkpoints are uploaded.
-        "run": job.command(torchrun) + "\n",
+        "run": job.command("torchrun --standalone --nproc_per_node=$SKYPILOT_NUM_GPUS_PER_NODE") + "\n",
     }
     return _yaml(task)
 

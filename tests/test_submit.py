@@ -45,8 +45,8 @@ def test_mosaicml_reads_its_runs(stage, tmp_path):
 def test_skypilot_reads_its_tasks():
     sky = pytest.importorskip("sky", reason="skypilot pins other versions than this package; install it by itself")
     for stage in STAGES:
-        task = sky.Task.from_yaml_config(yaml.safe_load(TARGETS["sky"][0](Job(stage, nodes=2))))
-        assert task.num_nodes == 2
+        task = sky.Task.from_yaml_config(yaml.safe_load(TARGETS["sky"][0](Job(stage))))
+        assert task.num_nodes == 1
         assert all(resources.use_spot for resources in task.resources)
 
 
@@ -64,8 +64,7 @@ def executed(target: str, job: Job, tmp_path: Path) -> list[str]:
     text = TARGETS[target][0](job)
     if target != "slurm":
         text = yaml.safe_load(text)["command" if target == "mcli" else "run"].replace("cd WrinkleFree", ": WrinkleFree")
-    cluster = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
-    cluster |= {"SKYPILOT_NUM_GPUS_PER_NODE": "8", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    cluster = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
     path = f"{tools}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-c", text],
@@ -100,15 +99,15 @@ def test_a_signal_for_the_task_reaches_the_pipeline(target, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("target", "launcher"),
+    ("target", "nodes", "launcher"),
     [
-        ("mcli", ["composer"]),
-        ("slurm", ["--nnodes=2", "--nproc_per_node=8", "--rdzv_id=7", "--rdzv_endpoint=first-node:29500"]),
-        ("sky", ["--nnodes=2", "--nproc_per_node=8", "--node_rank=1", "--master_addr=10.0.0.1"]),
+        ("mcli", 2, ["composer"]),
+        ("slurm", 2, ["--nnodes=2", "--nproc_per_node=8", "--rdzv_id=7", "--rdzv_endpoint=first-node:29500"]),
+        ("sky", 1, ["--standalone", "--nproc_per_node=8"]),
     ],
 )
-def test_a_job_trains_its_stage(target, launcher, tmp_path):
-    command = executed(target, Job("midtrain", nodes=2, storage="/shared", overrides=CHANGED), tmp_path)
+def test_a_job_trains_its_stage(target, nodes, launcher, tmp_path):
+    command = executed(target, Job("midtrain", nodes=nodes, storage="/shared", overrides=CHANGED), tmp_path)
     assert set(launcher) <= set(command)
     assert command[command.index("-m") + 1 :][:3] == ["cheaper.cli", "train", "yamls/midtrain.yaml"]
     assert (
@@ -118,10 +117,11 @@ def test_a_job_trains_its_stage(target, launcher, tmp_path):
 
 
 def test_what_is_asked_for_is_printed_or_refused(capsys, monkeypatch, tmp_path):
-    assert cli.main(["submit", "midtrain", "--to", "sky", "--nodes", "3", "--gpu", "a100", "--dry-run"]) == 0
+    assert cli.main(["submit", "midtrain", "--to", "sky", "--gpus", "4", "--gpu", "a100", "--dry-run"]) == 0
     task = yaml.safe_load(capsys.readouterr().out)
-    assert task["num_nodes"] == 3
-    assert task["resources"]["accelerators"] == "A100:8"
+    assert task["resources"]["accelerators"] == "A100:4"
+    assert cli.main(["submit", "midtrain", "--to", "sky", "--nodes", "3", "--dry-run"]) == 2
+    assert "error: --nodes 3: expected 1 with --to sky" in capsys.readouterr().err
     assert cli.main(["submit", "midtrian", "--to", "sky", "--dry-run"]) == 2
     assert "midtrian: no such stage; did you mean midtrain" in capsys.readouterr().err
     assert cli.main(["submit", "midtrain", "--to", "sky", "--dry-run", "model.num_layer=3"]) == 2
