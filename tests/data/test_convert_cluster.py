@@ -41,14 +41,16 @@ def recipe(tmp_path, monkeypatch) -> Path:
     return path
 
 
-def kill_one_worker(killed: list[int], stop: threading.Event) -> None:
-    """Kills the first process that converts a part, once it is at work."""
+def kill_one_worker(killed: list[psutil.Process], stop: threading.Event) -> None:
+    """Kills the first process that converts a part, once its own two are at work; ``killed`` is it and they."""
     while not stop.is_set() and not killed:
         for process in psutil.process_iter(["cmdline"]):
             if (process.info["cmdline"] or [""])[0].startswith("ray::_convert_part"):
+                while len(process.children()) < 3:  # one is the resource tracker
+                    time.sleep(0.05)
                 time.sleep(2)
+                killed += [process, *process.children()]
                 process.kill()
-                killed.append(process.pid)
                 return
         time.sleep(0.05)
 
@@ -58,11 +60,12 @@ def test_a_worker_that_dies_changes_nothing(recipe, tmp_path, capsys):
     killer = threading.Thread(target=kill_one_worker, args=(killed, stop))
     killer.start()
     try:
-        assert cli.main(["convert", str(recipe), "--engine", "ray", "--processes", "1"]) == 0
+        assert cli.main(["convert", str(recipe), "--engine", "ray", "--processes", "2"]) == 0
     finally:
         stop.set()
         killer.join()
-    assert len(killed) == 1
+    assert len(killed) >= 3
+    assert not psutil.wait_procs(killed, timeout=5)[1]
     assert "2 parts" in capsys.readouterr().out
 
     data = load_config([str(recipe)]).data
