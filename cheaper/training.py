@@ -65,7 +65,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         UserError: The data, the checkpoint or the folder do not fit the run.
     """
     # A last batch is smaller; no warm-up; PyTorch's own way of writing shards.
-    for meant in ("Cannot split tensor of length", "The warmup duration is 0", "TypedStorage is deprecated"):
+    for meant in ("Cannot split (tensor|list) of length", "The warmup duration is 0", "TypedStorage is deprecated"):
         warnings.filterwarnings("ignore", meant)
     join_processes()
     # On a GPU only checkpoints and data are in the processor's memory.
