@@ -63,7 +63,7 @@ def train_all(corpus: Corpus, folder: Path, processes: int, runs: dict[str, list
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
 
