@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shlex
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cheaper import cli_models
+from cheaper.arguments import ArgumentParser
 from cheaper.compose import DEFAULT_CHOICES, load_config, to_yaml, yaml_dir
 from cheaper.config import RunConfig
 from cheaper.distributed.slurm import adopt_slurm
@@ -146,7 +146,7 @@ def _conversion_told(args: list[str]) -> Iterator[None]:
 
 def pipeline(args: list[str]) -> int:
     """Trains the stages of a pipeline one after the other; those that have finished are not run again."""
-    parser = argparse.ArgumentParser(prog="cheaper pipeline")
+    parser = ArgumentParser(prog="cheaper pipeline")
     parser.add_argument("--from", dest="first", metavar="STAGE", help="begin here")
     parser.add_argument("--until", metavar="STAGE", help="end here")
     parser.add_argument("--launcher", help='such as "torchrun --nproc_per_node=8"; by default all GPUs of this machine')
@@ -205,7 +205,7 @@ def submit(args: list[str]) -> int:
     from cheaper.submit import submit as hand_over
 
     defaults = Job("")
-    parser = argparse.ArgumentParser(prog="cheaper submit")
+    parser = ArgumentParser(prog="cheaper submit")
     parser.add_argument("stage", help="of the pipeline")
     parser.add_argument("--to", choices=TARGETS, required=True)
     parser.add_argument("--nodes", type=int, default=defaults.nodes, help="machines")
@@ -229,7 +229,7 @@ def submit(args: list[str]) -> int:
 
 def convert(args: list[str]) -> int:
     """Turns the raw rows of a mixture into MDS shards; needs only ``data=…``."""
-    parser = argparse.ArgumentParser(prog="cheaper convert")
+    parser = ArgumentParser(prog="cheaper convert")
     parser.add_argument("--processes", type=int, help="worker processes; all cores by default")
     parser.add_argument("--only", nargs="+", metavar="STREAM", help="convert these streams of the mixture alone")
     parser.add_argument("--engine", choices=["processes", "ray"], default="processes", help="one machine, or a cluster")
@@ -247,7 +247,7 @@ def convert(args: list[str]) -> int:
 
 def cache_teacher(args: list[str]) -> int:
     """Keeps what a teacher says of every token of a mixture, for ``training.teacher_cache``."""
-    parser = argparse.ArgumentParser(prog="cheaper cache-teacher")
+    parser = ArgumentParser(prog="cheaper cache-teacher")
     parser.add_argument("--k", type=int, default=50, help="words kept, or drawn, for each token")
     parser.add_argument("--kind", choices=["sampled", "top_k"], default="sampled")
     parser.add_argument("--precision", choices=["compact", "fp32"], default="compact", help="of top_k's probabilities")
@@ -267,7 +267,7 @@ def cache_teacher(args: list[str]) -> int:
 
 def report(args: list[str]) -> int:
     """Writes what runs did as one HTML file, several runs overlaid."""
-    parser = argparse.ArgumentParser(prog="cheaper report")
+    parser = ArgumentParser(prog="cheaper report")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, such as runs/mine")
     parser.add_argument("--output", type=Path, help="by default report.html in the run folder, or here for several")
     parser.add_argument("--png", action="store_true", help="the curves as a picture too, beside it")
@@ -293,7 +293,7 @@ def report(args: list[str]) -> int:
 
 def consolidate(args: list[str]) -> int:
     """Puts the shards of a checkpoint together in one file."""
-    parser = argparse.ArgumentParser(prog="cheaper consolidate")
+    parser = ArgumentParser(prog="cheaper consolidate")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run, for its newest checkpoint, or a checkpoint")
     parser.add_argument("--output", type=Path, help="by default the checkpoint's name with .pt, beside it")
     options = parser.parse_args(args)
@@ -309,7 +309,7 @@ def consolidate(args: list[str]) -> int:
 
 def inspect(args: list[str]) -> int:
     """Prints rows of shards as text: where documents end, and what has loss."""
-    parser = argparse.ArgumentParser(prog="cheaper inspect")
+    parser = ArgumentParser(prog="cheaper inspect")
     parser.add_argument("folder", type=Path, help="shards of one stream")
     parser.add_argument("--tokenizer", required=True, help="folder, hub id or tiktoken .model file")
     parser.add_argument("--first", type=int, default=0, help="number of the first row")

@@ -10,12 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from cheaper.arguments import ArgumentParser
 from cheaper.errors import UserError
 
 
 def generate(args: list[str]) -> int:
     """Continues a prompt piece by piece, or the prompts of a file as JSON lines."""
-    parser = argparse.ArgumentParser(prog="cheaper generate")
+    parser = ArgumentParser(prog="cheaper generate")
     _add_model(parser)
     parser.add_argument("prompt", nargs="?", help="the text to go on with; read from standard input where it is -")
     parser.add_argument("--chat", action="store_true", help="the prompt is what a user says; answer it")
@@ -56,7 +57,7 @@ def generate(args: list[str]) -> int:
 
 def chat(args: list[str]) -> int:
     """Talks with a model until the end of the input (Ctrl-D)."""
-    parser = argparse.ArgumentParser(prog="cheaper chat")
+    parser = ArgumentParser(prog="cheaper chat")
     _add_model(parser)
     parser.add_argument("--system", help="what the model is told before the first turn")
     _add_sampling(parser)
@@ -89,7 +90,7 @@ def chat(args: list[str]) -> int:
 
 def evaluate(args: list[str]) -> int:
     """Scores a model on benchmarks: a table, and ``evaluation.json`` in the run folder."""
-    parser = argparse.ArgumentParser(prog="cheaper evaluate")
+    parser = ArgumentParser(prog="cheaper evaluate")
     parser.add_argument("--model_path", required=True, help="a run, a checkpoint, a transformers folder or a hub id")
     parser.add_argument("--benchmarks", default="base", help="suites (base, final), benchmarks or tasks of the harness")
     parser.add_argument("--data_dir", type=Path, help="local copies of the data sets; by default they are the hub's")
@@ -134,7 +135,7 @@ def evaluate(args: list[str]) -> int:
 
 def export(args: list[str]) -> int:
     """Writes a model for transformers or llama.cpp."""
-    parser = argparse.ArgumentParser(prog="cheaper export")
+    parser = ArgumentParser(prog="cheaper export")
     _add_model(parser)
     parser.add_argument("--to", choices=["hf", "gguf"], required=True)
     parser.add_argument("--output", type=Path, required=True, help="a new folder, or for gguf a new file")
@@ -151,7 +152,7 @@ def export(args: list[str]) -> int:
 
 def import_(args: list[str]) -> int:
     """Makes a run folder of a model of transformers, to start stages from."""
-    parser = argparse.ArgumentParser(prog="cheaper import")
+    parser = ArgumentParser(prog="cheaper import")
     _add_model(parser)
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     options = parser.parse_args(args)
@@ -163,12 +164,12 @@ def import_(args: list[str]) -> int:
     return 0
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: ArgumentParser) -> None:
     parser.add_argument("model", help="a run, a checkpoint, a transformers folder or a hub id")
     parser.add_argument("--tokenizer", help="instead of the model's own: a folder, a hub id or a tiktoken .model file")
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def _add_sampling(parser: ArgumentParser) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token each time")
     parser.add_argument("--top_p", type=float, default=1.0, help="mass of the most likely words that are drawn from")

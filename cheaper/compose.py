@@ -91,7 +91,7 @@ def _split(args: Sequence[str]) -> tuple[Path | None, dict[str, str], list[tuple
                 raise UserError(f"argument {arg}: expected key=value, or first a recipe (.yaml)")
             recipe = Path(arg)
             if not recipe.is_file():
-                known = sorted(path.name for path in yaml_dir().glob("*.yaml"))
+                known = {path.name for base in (recipe.parent, yaml_dir()) for path in base.glob("*.yaml")}
                 raise UserError(f"recipe {arg}: no such file{did_you_mean(recipe.name, known)}")
         elif key in GROUPS:
             choices[key] = value

@@ -93,7 +93,7 @@ def _sections(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        known = sorted(file.name for file in yaml_dir().glob("*pipeline*.yaml"))
+        known = {file.name for base in (path.parent, yaml_dir()) for file in base.glob("*pipeline*.yaml")}
         raise UserError(f"pipeline {path}: no such file{did_you_mean(path.name, known)}") from None
     except yaml.YAMLError as error:
         raise UserError(f"pipeline {path}: not valid YAML ({' '.join(str(error).split())})") from None

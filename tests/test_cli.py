@@ -11,6 +11,16 @@ from cheaper.cli import main
         (["trian"], "error: cheaper trian: no such verb; did you mean train?"),
         (["train", "model=tny"], "error: model=tny (the command line): no such model; did you mean tiny?"),
         (["train", "yamls/none.yaml"], "error: recipe yamls/none.yaml: no such file"),
+        (
+            ["train", "yamls/quickstart/phas1.yaml"],
+            "error: recipe yamls/quickstart/phas1.yaml: no such file; did you mean phase1.yaml?",
+        ),
+        (
+            ["generate", "model", "text", "--temprature", "1"],
+            "error: cheaper generate --temprature: no such argument; did you mean --temperature?",
+        ),
+        (["export", "model", "--output", "new"], "error: cheaper export: the following arguments are required: --to"),
+        (["report"], "error: cheaper report: the following arguments are required: RUN"),
         (["convert", "data=sample", "data.tokenizer=/nowhere"], "error: tokenizer /nowhere: there is no"),
         (["convert", "data=sampel"], "error: data=sampel (the command line): no such data; did you mean sample?"),
         (
@@ -43,6 +53,7 @@ def test_a_later_stage_without_weights_is_warned_of(capsys, monkeypatch):
         assert (told in capsys.readouterr().err) == warned
     main(["train", "training=midtrain", *stage, "training.checkpoint_path=yamls"])
     main(["train", "training=midtrain", *stage, "training.resume=true"])
+    main(["train", "yamls/quickstart/teacher.yaml", "data.root=/nowhere"])
     assert "warning" not in capsys.readouterr().err
 
 

@@ -1,6 +1,7 @@
 """Held-out sets, natural shares, epochs and targets in a whole run."""
 
 import json
+import warnings
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.conftest import Corpus, some_texts, write_jsonl
 @pytest.fixture(scope="module")
 def run(corpus: Corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("held-out")
-    raw = write_jsonl(folder / "raw.jsonl", some_texts(40, seed=99))
+    raw = write_jsonl(folder / "raw.jsonl", some_texts(41, seed=99))
     arguments = corpus.arguments(
         folder / "run",
         f"data.root={folder}/mds",
@@ -28,19 +29,21 @@ def run(corpus: Corpus, tmp_path_factory):
     )
     config = load_config(arguments)
     manifests = convert_mixture(config.data, 32, processes=1)
-    assert cli.main(["train", *arguments]) == 0
-    return folder / "run", manifests
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert cli.main(["train", *arguments]) == 0
+    return folder / "run", manifests, [str(warning.message) for warning in told]
 
 
 def test_two_epochs_are_every_token_twice(run):
-    folder, manifests = run
+    folder, manifests, _ = run
     last = read_records(folder / "metrics.jsonl")[-2]
     for name in ("a", "b"):
         assert last[f"data/tokens/{name}"] == 2 * manifests[name].tokens
 
 
 def test_the_held_out_set_is_looked_at_on_the_way_and_at_the_end(run):
-    folder, _ = run
+    folder, _, _ = run
     records = [record for record in read_records(folder / "metrics.jsonl") if "eval/probe/loss" in record]
     steps = read_records(folder / "metrics.jsonl")[-1]["step"]
     assert [record["step"] for record in records] == [*range(50, steps, 50), steps]
@@ -53,6 +56,12 @@ def test_targets_are_checked_at_the_end(run):
     assert [target["met"] for target in summary["targets"]] == [True, False, False]
     assert summary["targets"][2]["value"] is None
     assert summary["targets"][1]["value"] == summary["held_out"]["eval/probe/accuracy"]
+
+
+def test_a_last_batch_may_be_small_without_a_word(run):
+    _, manifests, told = run
+    assert manifests["probe"].rows % 4  # what is left over is smaller than a batch
+    assert not [line for line in told if "Cannot split" in line]
 
 
 @pytest.mark.parametrize(
